@@ -35,6 +35,8 @@ class QuantSpec:
     double_quant: bool = True
     desc_act: bool = False
     sym: bool = True
+    axis: int = 1  # hqq: groups run along a row (1) or down the rows (0)
+    scale_dtype: str = "float16"  # of the stored scales (gptq, hqq); a checkpoint brings its own
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,17 @@ class QuantFormat(ABC):
 
         Allocates nothing of the size of `out` on CUDA, so that at most one dequantized weight exists at a time.
         """
+
+    def round(self, weight: torch.Tensor, hessian: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Packs W [out, in] so that the layer's output error tr((W - Q) H (W - Q).T) is small. Returns (packed, Q in fp32).
+
+        hessian: H = mean of x x.T over calibration inputs, [in, in] fp32 on W's device. Data-free formats ignore it.
+        Raises QuantError when W or H is not finite, or H cannot be factorized even with much damping.
+        """
+        import torch
+
+        packed = self.quantize(weight)
+        return packed, self.dequantize(packed, torch.empty(weight.shape, dtype=torch.float32, device=weight.device))
 
     def nbytes(self, out_features: int, in_features: int) -> int:
         """Bytes of one packed weight: what loading allocates, and what the planner counts."""
