@@ -48,7 +48,7 @@ class Reporter:
         same = status == self._state["status"] and progress is not None and self._state["progress"] is not None
         self._state.update(status=status, message=message[:MESSAGE_LENGTH], progress=progress)
         if status in FINAL:
-            self._state.update(progress=None, eta_s=None)
+            self._state.update(progress=None, eta_s=None, pid=None)
         if same and done != total and time.monotonic() - self._written < STATE_SECONDS:
             return
         self._event("status", status=status, message=self._state["message"], progress=progress)
@@ -104,7 +104,7 @@ class Reporter:
 
     def stop_requested(self) -> bool:
         """True once somebody asked the run to save and end. Cheap enough for every micro-batch."""
-        return self.run.requested() == "stop"
+        return self.run.requested() is not None
 
     def attach(self, name: str, tracker: Tracker) -> None:
         """Sends every step and check to `tracker(values, step)` too."""

@@ -21,7 +21,7 @@ from lowvram_tuner.config import ConfigError
 from lowvram_tuner.train.files import read_json, write_json
 
 PATIENCE_SECONDS = 0.5  # others hold the lock for microseconds when they look whether it is free
-LEAVE_SECONDS = 20.0
+NOTE_TRIES = 20
 _LOCKED_BYTE = 1 << 30  # Windows locks are mandatory: far from anything a reader might touch
 
 
@@ -44,6 +44,9 @@ class Holder:
     kind: str
     run: str | None
     pid: int
+
+
+UNKNOWN = Holder("train", None, 0)
 
 
 class WorkerLock:
@@ -81,12 +84,12 @@ def take(root: Path | str, kind: str, run: str | None = None) -> WorkerLock:
     while not _try_lock(handle):
         if time.monotonic() > give_up:
             os.close(handle)
-            raise Busy(_read_holder(root))
+            raise Busy(holder(root) or UNKNOWN)
         time.sleep(0.01)
-    holder = Holder(kind, run, os.getpid())
+    me = Holder(kind, run, os.getpid())
     (root / ".leave.json").unlink(missing_ok=True)
-    write_json(root / ".active.json", asdict(holder))
-    return WorkerLock(root, handle, holder)
+    write_json(root / ".active.json", asdict(me))
+    return WorkerLock(root, handle, me)
 
 
 def holder(root: Path | str) -> Holder | None:
@@ -94,18 +97,19 @@ def holder(root: Path | str) -> Holder | None:
     root = Path(root)
     if not (root / ".lock").exists():
         return None
-    with if_free(root) as free:
-        return None if free else _read_holder(root)
+    for _ in range(NOTE_TRIES):
+        with if_free(root) as free:
+            if free:
+                return None
+        if found := _read_holder(root):
+            return found
+        time.sleep(0.01)
+    return UNKNOWN
 
 
-def make_room(root: Path | str, seconds: float = LEAVE_SECONDS) -> None:
-    """Asks a chat that holds the lock to leave and waits for it; raises Busy when a training run holds it."""
-    give_up = time.monotonic() + seconds
-    while (found := holder(root)) is not None:
-        if found.kind != "chat" or time.monotonic() > give_up:
-            raise Busy(found)
-        write_json(Path(root) / ".leave.json", {"pid": found.pid})
-        time.sleep(0.05)
+def ask_to_leave(root: Path | str, holder: Holder) -> None:
+    """Asks a holder to end; a chat does so at once, a training run does not listen to this."""
+    write_json(Path(root) / ".leave.json", {"pid": holder.pid})
 
 
 @contextmanager
@@ -121,14 +125,12 @@ def if_free(root: Path | str) -> Iterator[bool]:
         os.close(handle)
 
 
-def _read_holder(root: Path) -> Holder:
+def _read_holder(root: Path) -> Holder | None:
     """The note beside the lock. It is written just after locking: for a moment it is missing, or a dead holder's."""
-    for _ in range(20):
-        found = read_json(root / ".active.json")
-        if isinstance(found, dict) and {"kind", "run", "pid"} <= found.keys() and psutil.pid_exists(found["pid"]):
-            return Holder(found["kind"], found["run"], found["pid"])
-        time.sleep(0.01)
-    return Holder("train", None, 0)
+    found = read_json(root / ".active.json")
+    if isinstance(found, dict) and {"kind", "run", "pid"} <= found.keys() and psutil.pid_exists(found["pid"]):
+        return Holder(found["kind"], found["run"], found["pid"])
+    return None
 
 
 def _open(root: Path) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 
 from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.train.files import patiently, read_json, write_json, write_text
+from lowvram_tuner.train.lock import holder
 
 ACTIVE = ("preparing", "checking", "training", "saving")
 FINAL = ("stopped", "finished", "failed")
@@ -111,8 +112,6 @@ class RunDir:
 
         The folder is renamed out of sight first, so that a deletion cut short leaves no half run in the list.
         """
-        from lowvram_tuner.train.lock import holder
-
         owner = holder(self.path.parent)
         if owner and owner.run == self.id:
             raise ConfigError(f"Run {self.name} is in use; stop it before deleting it.")
@@ -121,8 +120,8 @@ class RunDir:
         shutil.rmtree(doomed, ignore_errors=True)
 
     def request(self, action: str) -> None:
-        """Asks the worker for something; the one thing it knows is 'stop': save and end."""
-        if action != "stop":
+        """Asks the worker to 'stop' (save and end), or notes that it is about to be killed ('kill')."""
+        if action not in ("stop", "kill"):
             raise ConfigError(f"action={action!r} is unknown; a run can be asked to 'stop'.")
         write_json(self.path / "control.json", {"action": action, "t": time.time()})
 
