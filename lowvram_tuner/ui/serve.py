@@ -1,0 +1,56 @@
+"""Puts the page on the network, or rather keeps it off: this machine only, guarded, nothing sent anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from lowvram_tuner.ui import theme
+from lowvram_tuner.ui.desk import Desk
+from lowvram_tuner.ui.guard import RequestGuard, check_exposure
+from lowvram_tuner.ui.layout import build
+
+MAX_UPLOAD = "4gb"  # larger data is named by its path
+
+
+def serve(
+    runs: Path | str,
+    port: int | None = None,
+    auth: tuple[str, str] | None = None,
+    listen: bool = False,
+    share: bool = False,
+    browser: bool = True,
+    block: bool = True,
+    desk: Desk | None = None,
+) -> tuple[gr.Blocks, str]:
+    """Serves the page over the runs in `runs`; returns it and its address (after it was closed, when `block`)."""
+    check_exposure(listen, share, auth)
+    page = build(desk or Desk(runs, local=not (listen or share)))
+    _, address, _ = page.launch(
+        server_name="0.0.0.0" if listen else "127.0.0.1",
+        server_port=port,
+        auth=auth,
+        share=share,
+        inbrowser=browser,
+        prevent_thread_lock=True,
+        app_kwargs={"middleware": [Middleware(RequestGuard, listen=listen, share=share)]},
+        theme=theme.theme(),
+        css_paths=[theme.CSS_FILE],
+        head=theme.head(),
+        footer_links=[],
+        allowed_paths=[],
+        max_file_size=MAX_UPLOAD,
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        quiet=True,
+        show_error=False,
+    )
+    print(f"LowVRAM Tuner: {address}", flush=True)
+    if block:
+        page.block_thread()
+    return page, address

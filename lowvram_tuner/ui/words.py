@@ -1,0 +1,122 @@
+"""Numbers and states as a hobbyist reads them. Pure text, no HTML: whoever puts it into a page escapes it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+BITS_WORDS = {
+    2: "2-bit: an eighth of the memory; quality suffers, for models that fit no other way.",
+    3: "3-bit: a fifth of the memory, a little quality lost.",
+    4: "4-bit, recommended: a quarter of the memory, quality close to the original.",
+    8: "8-bit: half the memory, quality of the original.",
+    16: "16-bit: the original weights, the most memory.",
+}
+BUSY = ("preparing", "checking", "training", "saving")
+
+
+def gb(nbytes: float) -> str:
+    """Bytes as "3.6 GB"; below 0.05 GB two decimals, so that a small part is not shown as nothing."""
+    value = nbytes / 1e9
+    return f"{value:.2f} GB" if 0 < abs(value) < 0.095 else f"{value:.1f} GB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as "2 h 10 min"; "" when unknown."""
+    if seconds is None or not 0 <= seconds < 1e9:
+        return ""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return f"{round(hours / 24)} days"
+
+
+def ago(then: float | None, now: float | None = None) -> str:
+    """A moment in the past as "3 min ago", or its date when it is long gone."""
+    if not then:
+        return ""
+    seconds = (time.time() if now is None else now) - then
+    if seconds < 60:
+        return "just now"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min ago"
+    if seconds < 86400:
+        return f"{int(seconds // 3600)} h ago"
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(then))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure such as a loss: "1.32", or "–" when there is none."""
+    if value is None or value != value:  # the second is true for NaN only
+        return "–"
+    return f"{value:.{digits}g}" if abs(value) < 10 ** (digits - 1) else f"{value:,.0f}"
+
+
+def rate(tokens_per_s: float | None) -> str:
+    return f"{number(tokens_per_s)} tokens/s" if tokens_per_s else ""
+
+
+def short_model(model: str) -> str:
+    """A model's name without its owner or folders, for tables and headers."""
+    if model == "demo":
+        return "Demo model (SmolLM2 135M)"
+    return model.rstrip("/\\").replace("\\", "/").split("/")[-1] or model
+
+
+def steps(state: dict[str, Any]) -> str:
+    """ "140 of 600", or "140" while the total is unknown."""
+    step, total = state.get("step") or 0, state.get("total_steps") or 0
+    return f"{step:,} of {total:,}" if total else f"{step:,}"
+
+
+def situation(state: dict[str, Any] | None) -> str:
+    """What happens now and what can be done about it: the one sentence that always stands over a run."""
+    if state is None:
+        return "Idle. Choose, look at the gauge, press Start."
+    status, message = state.get("status"), (state.get("message") or "").rstrip(". ")
+    if status == "preparing":
+        return f"Preparing: {_lower(message) or 'starting'}. You can stop now without losing anything."
+    if status == "checking":
+        return f"Checking the fit: {_lower(message) or 'one worst-case step is measured'}."
+    if status == "training":
+        return f"Training: step {steps(state)}. Stop saves and keeps everything up to here."
+    if status == "saving":
+        return f"Saving: {_lower(message) or 'writing a checkpoint'}."
+    if status == "stopped":
+        return f"Stopped at step {steps(state)}. Everything up to there is kept; Resume goes on from it."
+    if status == "finished":
+        return f"Finished after {state.get('step') or 0:,} steps. Compare the answers below, or chat with the result."
+    if status == "failed":
+        return f"Failed at step {steps(state)}. {_failure(state)}"
+    return message or "Idle."
+
+
+def short_status(state: dict[str, Any] | None) -> str:
+    """The state in one or two words, for the header and the table."""
+    if state is None:
+        return "idle"
+    status = state.get("status") or "idle"
+    if status == "training" and state.get("total_steps"):
+        return f"training {100 * (state.get('step') or 0) // state['total_steps']} %"
+    return {"preparing": "preparing", "checking": "checking the fit"}.get(status, status)
+
+
+def _failure(state: dict[str, Any]) -> str:
+    error = state.get("error") or {}
+    parts = [error.get("what") or state.get("message") or "The worker ended without saying why.", error.get("fix") or ""]
+    return " ".join(_sentence(p) for p in parts if p)
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def _lower(text: str) -> str:
+    """A message as the rest of a sentence: its first letter small, unless it starts a name."""
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
