@@ -65,7 +65,7 @@ class RunDir:
         run = cls(Path(root) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
         try:
             run.checkpoints.mkdir(parents=True)
-            write_json(run.path / "config.json", _anchored(config).to_dict())
+            write_json(run.path / "config.json", anchored(config).to_dict())
             run.write_state({**EMPTY_STATE, "message": "Starting.", "started": time.time(), "updated": time.time()})
         except OSError as error:
             raise ConfigError(f"output_dir={str(root)!r} cannot be written ({error.strerror}); choose another folder.") from None
@@ -80,7 +80,7 @@ class RunDir:
 
     def set_config(self, config: TrainConfig) -> None:
         """Replaces the options, for a resume with some of them changed."""
-        write_json(self.path / "config.json", _anchored(config).to_dict())
+        write_json(self.path / "config.json", anchored(config).to_dict())
 
     def state(self) -> dict[str, Any]:
         """Where the run stands: every key of `EMPTY_STATE`, and its `name`."""
@@ -200,7 +200,7 @@ def read_lines(path: Path, after: int, limit: int | None) -> tuple[list[dict[str
     return found, after
 
 
-def _anchored(config: TrainConfig) -> TrainConfig:
+def anchored(config: TrainConfig) -> TrainConfig:
     """`config` with existing local paths made absolute, so that the run can be resumed from any folder."""
     values = config.to_dict()
     for key in ("model", "dataset"):

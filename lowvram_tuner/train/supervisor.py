@@ -6,26 +6,23 @@ new supervisor finds it by the lock. A worker that died without a final state is
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
-import psutil
-
 from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.train.checkpoints import FREE_OPTIONS, steps
 from lowvram_tuner.train.events import Reporter
 from lowvram_tuner.train.failures import explain_death
 from lowvram_tuner.train.lock import UNKNOWN, Busy, ask_to_leave, holder, if_free
-from lowvram_tuner.train.run_dir import ACTIVE, FINAL, RunDir, find_run, list_runs
+from lowvram_tuner.train.process import kill_family, spawn
+from lowvram_tuner.train.run_dir import ACTIVE, FINAL, RunDir, anchored, find_run, list_runs
 from lowvram_tuner.train.worker import BUSY_EXIT
 
 START_SECONDS = 60.0  # for Python to start and take the lock; a cold disk on Windows needs many seconds
 LEAVE_SECONDS = 30.0  # for a chat, or for a run that has said its last word, to let go of the card
-_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 WORKER = (sys.executable, "-m", "lowvram_tuner.train.worker")
 
 
@@ -75,7 +72,7 @@ class Supervisor:
         run = RunDir(self.root / found.run)
         run.request("kill" if force else "stop")
         if force:
-            _kill(found.pid)
+            kill_family(found.pid)
             settle(run, wait=True)
         return run.id
 
@@ -101,11 +98,13 @@ class Supervisor:
     def _launch(self, run: RunDir, resume: bool) -> None:
         """Starts the worker and waits until it has the lock, or has ended."""
         run.clear_requests()
-        process = _spawn([*self._command, str(run.path), *(["--resume"] if resume else [])], run.log)
+        with run.log.open("ab") as log:
+            command = [*self._command, str(run.path), *(["--resume"] if resume else [])]
+            process = spawn(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         give_up = time.monotonic() + START_SECONDS
         while process.poll() is None and not _holds(self.root, run):
             if time.monotonic() > give_up:
-                _kill(process.pid)
+                kill_family(process.pid)
             time.sleep(0.02)
         if process.poll() == BUSY_EXIT:
             raise Busy(holder(self.root) or UNKNOWN)
@@ -131,7 +130,7 @@ def make_room(root: Path | str, seconds: float = LEAVE_SECONDS) -> None:
 def prepare_resume(run: RunDir, changes: dict[str, object]) -> TrainConfig:
     """The options with which `run` goes on: its own with `changes`. ConfigError when that would be another run."""
     config = run.config()
-    wanted = TrainConfig.from_dict({**config.to_dict(), **changes})
+    wanted = anchored(TrainConfig.from_dict({**config.to_dict(), **changes}))
     other = [k for k in wanted.to_dict() if k not in FREE_OPTIONS and getattr(wanted, k) != getattr(config, k)]
     if other:
         was, now = getattr(config, other[0]), getattr(wanted, other[0])
@@ -182,31 +181,3 @@ def _just_starting(state: dict, known_dead: bool) -> bool:
 def _holds(root: Path, run: RunDir) -> bool:
     found = holder(root)
     return found is not None and found.run == run.id
-
-
-def _spawn(command: list[str], log: Path) -> subprocess.Popen:
-    """A process that outlives this one, prints into `log` and imports this package."""
-    path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
-    detached = (
-        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
-        if sys.platform == "win32"
-        else {"start_new_session": True}
-    )
-    with log.open("ab") as out:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, **detached)
-
-
-def _kill(pid: int) -> None:
-    """Ends a process and what it started, at once."""
-    try:
-        process = psutil.Process(pid)
-        family = [*process.children(recursive=True), process]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=10)
