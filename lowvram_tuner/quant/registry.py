@@ -9,6 +9,9 @@ from lowvram_tuner.quant.spec import QuantError, QuantFormat, QuantSpec
 _FORMATS = {
     "none": "lowvram_tuner.quant.none:Unquantized",
     "nf4": "lowvram_tuner.quant.nf4:NF4",
+    "int8": "lowvram_tuner.quant.int8:Int8",
+    "gptq": "lowvram_tuner.quant.gptq:GPTQ",
+    "hqq": "lowvram_tuner.quant.hqq:HQQ",
 }
 _BITS = {"none": (16,), "nf4": (4,), "int8": (8,), "gptq": (2, 3, 4, 8), "hqq": (2, 3, 4, 8), "quip": (2, 3, 4)}
 _AUTO = {2: "quip", 3: "hqq", 4: "nf4", 8: "int8", 16: "none"}
