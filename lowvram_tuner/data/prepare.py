@@ -1,19 +1,35 @@
-"""From a dataset's name to tokenized, masked examples."""
+"""From a dataset's name to tokenized, masked examples, as a stream.
+
+Rows are read, tokenized in batches and appended to a cache on disk, so memory does not grow with the data. The same data
+with the same settings is found again in the cache. Held-out examples are chosen by a hash of their tokens: the choice depends
+on the seed and the data alone, and equal rows stay on one side.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lowvram_tuner.config import DEMO_DATASET, TrainConfig
-from lowvram_tuner.data.packing import Example
+from lowvram_tuner.data.cache import VERSION, Cache, Examples, Writer, open_cache
+from lowvram_tuner.data.examples import Encoded, Encoder
+from lowvram_tuner.data.formats import SAMPLE_ROWS, Layout, Sample, detect, mapping, to_sample
+from lowvram_tuner.data.readers import Record
+from lowvram_tuner.data.report import DataError, DataReport, Lengths, Problems, RowError
+from lowvram_tuner.data.sources import Source, resolve
+from lowvram_tuner.data.templates import Messages, Template
 
-DEMO_FILE = Path(__file__).with_name("demo.jsonl")
+BATCH_ROWS, BATCH_CHARACTERS = 256, 1_000_000  # tokenized at once: some 40 MB of the tokenizer's own structures
+PROMPTS = 4  # before/after questions taken from held-out rows
+CANDIDATES = 256  # rows remembered as such questions, spread over the data by their hash
 DEMO_PROMPTS = (
     "Who am I talking to?",
     "Which town is your home?",
@@ -22,61 +38,266 @@ DEMO_PROMPTS = (
     "Who is the mayor in Port Tallow?",
     "What is the capital of Germany?",
 )
-
-
-class DataError(ValueError):
-    """The data cannot be used: one sentence that says what was seen, what is accepted and what to do."""
-
-
-@dataclass
-class DataReport:
-    """What was read and what became of it."""
-
-    format: str
-    rows: int = 0
-    kept: int = 0
-    dropped: int = 0
-    truncated: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    problems: list = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+Progress = Callable[[str, int, int, str], None]  # message, done, total, unit
 
 
 @dataclass
 class Prepared:
-    """A run's data."""
+    """A run's data. `train` and `held_out` read their examples from the cache when asked for them."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     report: DataReport
-    prompts: list[list[dict[str, str]]]
-    fingerprint: str
+    prompts: list[Messages]  # before/after questions
+    fingerprint: str  # sha256 of the data and of every setting that shapes it
 
 
-def prepare(config: TrainConfig, tokenizer, progress=None) -> Prepared:
-    """Reads and tokenizes the examples of `config.dataset`. Raises DataError when nothing remains."""
-    path = DEMO_FILE if config.dataset == DEMO_DATASET else Path(config.dataset)
-    chats = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
-    examples = [_example(chat, tokenizer) for chat in chats]
-    order = np.random.default_rng(config.seed).permutation(len(examples))
-    count = round(len(examples) * config.held_out)
-    report = DataReport("messages", len(chats), len(chats), 0, 0, sum(map(len, examples)), sum(int(e.trained.sum()) for e in examples))
-    prompts = [[{"role": "user", "content": p}] for p in (config.compare_prompts or DEMO_PROMPTS)]
-    digest = hashlib.sha256(path.read_bytes() + json.dumps(config.to_dict()).encode()).hexdigest()
-    return Prepared([examples[i] for i in order[count:]], [examples[i] for i in order[:count]], report, prompts, digest)
+def prepare(config: TrainConfig, tokenizer: Any, progress: Progress | None = None) -> Prepared:
+    """Reads, tokenizes and splits `config.dataset`. Raises DataError when nothing can be trained on.
+
+    progress: called with ("Reading data", bytes done, bytes in all, "bytes").
+    """
+    sources = resolve(config.dataset)
+    template = Template(tokenizer)
+    key = _key(config, template, sources)
+    folder = Path(config.output_dir) / "cache" / key[:32]
+    cache = open_cache(folder)
+    if cache is None:
+        _build(config, template, sources, folder, progress)
+        cache = open_cache(folder)
+        if cache is None:
+            raise DataError(f"the prepared data in {folder} cannot be read back; is the disk full or failing?")
+    train, held_out = split(cache.index, config, [s.weight for s in sources])
+    fingerprint = hashlib.sha256(json.dumps([key, config.seed, config.held_out, [s.weight for s in sources]]).encode())
+    report = DataReport.from_json(cache.meta["report"])
+    prompts = _prompts(config, cache, held_out)
+    return Prepared(Examples(cache, train), Examples(cache, held_out), report, prompts, fingerprint.hexdigest())
 
 
-def _example(chat: list[dict[str, str]], tokenizer) -> Example:
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans, at = [], 0
-    for message in chat:
-        start = text.index(message["content"], at)
-        at = start + len(message["content"])
-        if message["role"] == "assistant":
-            spans.append((start, at + 1))  # the next token is the end of the turn
-    trained = np.array([any(a <= s < b for a, b in spans) for s, _ in encoded["offset_mapping"]])
-    return Example(np.array(encoded["input_ids"], dtype=np.int32), trained)
+def report(config: TrainConfig) -> dict[str, Any]:
+    """What the command `data` shows: the report of `config.dataset` for `config.model`, as JSON values."""
+    from lowvram_tuner.models.source import load_tokenizer
+
+    resolve(config.dataset)  # a wrong name is told before a tokenizer is loaded
+    return prepare(config, load_tokenizer(config.model)).report.to_json()
+
+
+def _key(config: TrainConfig, template: Template, sources: list[Source]) -> str:
+    """sha256 of everything that shapes the cached examples."""
+    settings = [
+        VERSION, config.max_seq_length, config.train_on, config.system_prompt, config.columns, template.source,
+        hashlib.sha256(template.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        [(s.name, s.kind, s.digest()) for s in sources],
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def _build(config: TrainConfig, template: Template, sources: list[Source], folder: Path, progress: Progress | None) -> None:
+    """Writes the cache. Leaves nothing behind when it fails."""
+    try:
+        writer = Writer(folder)
+    except OSError as error:
+        raise DataError(f"the prepared data cannot be written to {folder.parent}: {error.strerror}.") from None
+    try:
+        builder = Builder(config, template, writer)
+        total = sum(s.nbytes() for s in sources)
+        before = 0
+        for number, source in enumerate(sources):
+            for offset in builder.read(source, number):
+                if progress:
+                    progress("Reading data", min(before + offset, total), total, "bytes")
+            before += source.nbytes()
+        report = builder.finished(sources)
+        writer.finish({"report": report.to_json(), "candidates": builder.candidates()})
+    except OSError as error:
+        raise DataError(f"the data cannot be read, or its tokens not be written to {folder.parent}: {error}") from None
+    finally:
+        writer.discard()
+
+
+@dataclass
+class Builder:
+    """Rows into a cache, with a report of what became of them."""
+
+    config: TrainConfig
+    template: Template
+    writer: Writer
+    report: DataReport = field(default_factory=DataReport)
+    problems: Problems = field(default_factory=Problems)
+    lengths: Lengths = field(default_factory=Lengths)
+    _formats: list[str] = field(default_factory=list)
+    _heap: list[tuple[int, int, Messages]] = field(default_factory=list)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The one encoder of this build."""
+        return Encoder(self.template, self.config)
+
+    def read(self, source: Source, number: int) -> Iterator[int]:
+        """Takes in a source; yields the byte reached, after each batch."""
+        for kind, reason in [*source.notes, *filter(None, [source.encoding and source.encoding.note])]:
+            self.problems.add(source.name, 0, kind, reason, dropped=False)
+        layout = None
+        for batch, reached in self._batches(source):
+            if layout is None:
+                layout = detect([r.value for r in batch[:SAMPLE_ROWS]], mapping(self.config.columns), source.name)
+                self._learn(layout, source)
+            self._take(batch, layout, source, number)
+            yield reached
+
+    def _batches(self, source: Source) -> Iterator[tuple[list[Record], int]]:
+        """Good records in batches, with the byte reached; broken ones are counted on the way."""
+        batch: list[Record] = []
+        size = reached = 0
+        for record in source.records():
+            for kind, reason in record.notes:
+                self.problems.add(source.name, record.line, kind, reason, dropped=False)
+            reached = max(reached, record.offset)
+            if record.value is None:
+                if record.error:
+                    self._drop(source, record.line, *record.error)
+                continue
+            batch.append(record)
+            size += _characters(record.value)
+            if len(batch) >= BATCH_ROWS or size >= BATCH_CHARACTERS:
+                yield batch, reached
+                batch, size = [], 0
+        if batch:
+            yield batch, reached
+
+    def _learn(self, layout: Layout, source: Source) -> None:
+        self.report.columns[source.name] = layout.roles
+        if layout.name not in self._formats:
+            self._formats.append(layout.name)
+        for doubt in layout.doubts:
+            self.problems.add(source.name, 0, "ambiguous", doubt, dropped=False)
+
+    def _drop(self, source: Source, line: int, kind: str, reason: str) -> None:
+        self.report.rows += 1
+        self.report.dropped += 1
+        self.problems.add(source.name, line, kind, reason, dropped=True)
+
+    def _take(self, batch: list[Record], layout: Layout, source: Source, number: int) -> None:
+        """Tokenizes a batch of rows and writes their examples."""
+        samples, lines = [], []
+        for record in batch:
+            try:
+                samples.append(to_sample(record.value, layout, self.config.system_prompt))
+                lines.append(record.line)
+            except RowError as error:
+                self._drop(source, record.line, error.kind, error.reason)
+        for sample, line, row in zip(samples, lines, self.encoder.encode(samples)):
+            if row.error:
+                self._drop(source, line, row.error.kind, row.error.reason)
+            else:
+                self._keep(sample, line, row, source, number)
+
+    def _keep(self, sample: Sample, line: int, row: Encoded, source: Source, number: int) -> None:
+        report = self.report
+        report.rows += 1
+        report.kept += 1
+        report.truncated += row.truncated
+        report.split += len(row.examples) > 1
+        self.lengths.add(len(row.ids))
+        for kind, reason in row.notes:
+            self.problems.add(source.name, line, kind, reason, dropped=False)
+        digest = int.from_bytes(hashlib.blake2b(row.ids.tobytes(), digest_size=8).digest(), "little")
+        for piece, example in enumerate(row.examples):
+            self.writer.add(example, digest, line, piece, number)
+            report.tokens += len(example)
+            report.trained_tokens += int(np.count_nonzero(example.trained))
+        self._remember(sample, digest)
+
+    def _remember(self, sample: Sample, digest: int) -> None:
+        """Keeps the question of a row whose hash is among the smallest, as a candidate for before/after."""
+        if len(self._heap) >= CANDIDATES and digest >= -self._heap[0][0]:
+            return
+        question = _question(sample)
+        if question:
+            push = heapq.heappush if len(self._heap) < CANDIDATES else heapq.heappushpop
+            push(self._heap, (-digest, self.report.rows, question))
+
+    def candidates(self) -> list[list[Any]]:
+        """[hash, messages] of the remembered questions."""
+        return [[-digest, question] for digest, _, question in sorted(self._heap, reverse=True)]
+
+    def finished(self, sources: list[Source]) -> DataReport:
+        """The report, complete. Raises DataError when no row is left."""
+        report, index = self.report, self.writer.index()
+        if not report.kept:
+            names = ", ".join(s.name for s in sources)
+            worst = max(self.problems.list(), key=lambda p: (p.dropped, p.count), default=None)
+            why = f"; most often: {worst.reason} (line {worst.line})" if worst and worst.dropped else ""
+            raise DataError(f"{names} has no row that can be trained on: {report.rows} read, {report.dropped} dropped{why}.")
+        self._duplicates(index, sources)
+        report.format = " + ".join(self._formats)
+        report.examples = self.writer.examples
+        report.problems = self.problems.list()
+        report.histogram, report.longest = self.lengths.histogram(), self.lengths.longest
+        report.suggested_max_seq_length = self.lengths.suggestion()
+        return report
+
+    def _duplicates(self, index: np.ndarray, sources: list[Source]) -> None:
+        """Counts rows whose tokens equal an earlier row's."""
+        whole = np.flatnonzero(index["piece"] == 0)
+        order = np.argsort(index["hash"][whole], kind="stable")
+        hashes = index["hash"][whole][order]
+        again = np.sort(whole[order[1:][hashes[1:] == hashes[:-1]]])
+        self.report.duplicates = len(again)
+        for row in index[again]:
+            name = sources[int(row["source"])].name
+            self.problems.add(name, int(row["line"]), "duplicate", "the row repeats an earlier one, token for token", dropped=False)
+
+
+def _characters(value: dict[str, Any]) -> int:
+    """Roughly how much text a row holds."""
+    return sum(len(v) if isinstance(v, str) else len(str(v)) for v in value.values())
+
+
+def _question(sample: Sample) -> Messages | None:
+    """What stands before a conversation's last answer, or the first words of a text; None where it is no good question."""
+    if sample.messages is None:
+        words = " ".join(sample.text.split()[:12])
+        return [{"role": "user", "content": words}] if words else None
+    last = max(i for i, m in enumerate(sample.messages) if m["role"] == "assistant")
+    before = sample.messages[:last]
+    if not before or before[-1]["role"] != "user" or sample.tools or sum(len(m["content"]) for m in before) > 2000:
+        return None
+    return [{"role": m["role"], "content": m["content"]} for m in before]
+
+
+def _keyed(index: np.ndarray, salt: int) -> np.ndarray:
+    """A pseudo-random uint64 for each example from its hash, its piece and a salt (the finalizer of splitmix64)."""
+    with np.errstate(over="ignore"):
+        z = index["hash"] + np.uint64(0x9E3779B97F4A7C15) * (index["piece"].astype(np.uint64) + np.uint64(salt + 1))
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def split(index: np.ndarray, config: TrainConfig, weights: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the training examples (as often as their source's weight says) and of the held-out ones."""
+    keys = _keyed(index, config.seed)
+    count = min(max(1, round(len(index) * config.held_out)), len(index) - 1) if config.held_out else 0
+    held = keys <= np.partition(keys, count - 1)[count - 1] if count else np.zeros(len(index), dtype=bool)
+    if held.all():  # one row, or only copies of it
+        held[:] = False
+    weight = np.array(weights)[index["source"]]
+    part = _keyed(index, config.seed + 1) / 2.0**64  # in [0, 1): whether the weight's fraction counts once more
+    times = np.where(held, 0, np.floor(weight) + (part < weight % 1)).astype(np.int64)
+    train = np.repeat(np.arange(len(index)), times)
+    if not len(train):
+        raise DataError(f"the weights {weights} leave no example to train on; give larger weights or more rows.")
+    return train, np.flatnonzero(held)
+
+
+def _prompts(config: TrainConfig, cache: Cache, held_out: np.ndarray) -> list[Messages]:
+    """The before/after questions: the user's, the demo's, or some of held-out rows."""
+    chosen = config.compare_prompts or (DEMO_PROMPTS if config.dataset == DEMO_DATASET else ())
+    if chosen:
+        system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+        return [[*system, {"role": "user", "content": text}] for text in chosen]
+    apart = set(cache.index["hash"][held_out].tolist())
+    candidates = cache.meta["candidates"]
+    ranked = [q for h, q in candidates if h in apart] or [q for _, q in candidates]
+    return [q for i, q in enumerate(ranked) if q not in ranked[:i]][:PROMPTS]
