@@ -89,6 +89,7 @@ class Plan:
     optimizer_bits: int = 32
     scratch_bytes: int = 0
     mlp_chunk: int = 1 << 30
+    unpacked: bool = False  # CPU only: quantized weights are unpacked once, at load
     item: int = 2
 
     @property
@@ -117,6 +118,7 @@ class _Choice:
     optimizer_bits: int = 32
     scratch_rows: float = 1.0  # share of the largest fused weight that the scratch holds
     mlp_chunk: int = 1 << 30
+    unpacked: bool = False
     streamed: int = 0
 
 
@@ -144,7 +146,7 @@ def _sacrifices(work: Work, budget: Budget) -> list[_Choice]:
         steps.append(replace(steps[-1], **changes))
 
     if budget.kind == "ram":  # host memory is all there is: nothing can move out of it
-        return [_Choice(scratch_rows=0.5)]
+        return [_Choice(unpacked=True), _Choice(scratch_rows=0.5)]
     then(optimizer_bits=8)
     then(inputs_on_host=True)
     if not work.shape.tie_word_embeddings:
@@ -164,12 +166,13 @@ def _components(work: Work, choice: _Choice, saved: int, context: int) -> dict[s
     s = work.shape
     resident = s.num_hidden_layers - choice.streamed + (2 if choice.streamed else 0)
     parameters = work.adapter_parameters()
+    unpacked = work.item * sum(o * i for o, i in s.linears().values())
     scratch = _scratch_bytes(work, choice)
     inputs = (3 if choice.inputs_on_host else s.num_hidden_layers + 1) * work.tokens * s.hidden_size * work.item
     layer_work = work.work_bytes(choice.mlp_chunk)
     head = work.head_bytes(choice.head_bits)
     return {
-        "weights": resident * work.layer_bytes() + work.norm_bytes(),
+        "weights": resident * (unpacked if choice.unpacked else work.layer_bytes()) + work.norm_bytes(),
         "embeddings": 0 if choice.embeddings_on_host else work.embedding_bytes(),
         "head": head,
         "adapter": parameters * work.item,
@@ -185,7 +188,7 @@ def _components(work: Work, choice: _Choice, saved: int, context: int) -> dict[s
 
 def _scratch_bytes(work: Work, choice: _Choice) -> int:
     """The scratch: gate and up together at full size, less when memory is short; none when nothing is packed."""
-    if work.spec.method == "none" and choice.head_bits == 16:
+    if (work.spec.method == "none" or choice.unpacked) and choice.head_bits == 16:
         return 0
     linears = work.shape.linears()
     largest = linears["gate_proj"][0] * linears["gate_proj"][1] * 2
@@ -215,6 +218,7 @@ def _plan(work: Work, choice: _Choice, budget: Budget, config: TrainConfig, rate
         optimizer_bits=choice.optimizer_bits,
         scratch_bytes=components["scratch"],
         mlp_chunk=choice.mlp_chunk,
+        unpacked=choice.unpacked,
         item=work.item,
     )
 

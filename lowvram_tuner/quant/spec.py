@@ -104,9 +104,11 @@ class QuantFormat(ABC):
 
     def forward(self, x: torch.Tensor, packed: dict[str, torch.Tensor], scratch: Scratch, out: torch.Tensor) -> torch.Tensor:
         """out = x @ W.T. x: [M, in], out: [M, out_features], same dtype. Works in row tiles that fit the scratch."""
-        for start, stop in scratch.tiles(*_shape(out, x), x.dtype, self.row_tile):
+        import torch
+
+        for start, stop in scratch.tiles(out.shape[1], x.shape[1], x.dtype, self.row_tile):
             w = self.dequantize(packed, scratch.tile(stop - start, x.shape[1], x.dtype), start)
-            _mm(x, w.t(), out[:, start:stop])
+            torch.mm(x, w.t(), out=out[:, start:stop])
         return out
 
     def grad_input(self, gy: torch.Tensor, packed: dict[str, torch.Tensor], scratch: Scratch, out: torch.Tensor) -> torch.Tensor:
@@ -115,19 +117,6 @@ class QuantFormat(ABC):
             w = self.dequantize(packed, scratch.tile(stop - start, out.shape[1], gy.dtype), start)
             out.addmm_(gy[:, start:stop], w)
         return out
-
-
-def _shape(out: torch.Tensor, x: torch.Tensor) -> tuple[int, int]:
-    return out.shape[1], x.shape[1]
-
-
-def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    import torch
-
-    if out.is_contiguous():
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
 
 
 class Scratch:

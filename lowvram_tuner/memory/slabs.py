@@ -1,0 +1,116 @@
+"""Slabs: the frozen tensors of one decoder layer in one contiguous buffer, on the GPU or streamed from host memory.
+
+A resident layer's packed tensors are views of its own slab on the GPU. A streamed layer's slab lies in pinned host memory
+and its packed tensors are views of one of two slots on the GPU: before the layer runs, `Ring.fetch` copies its slab into the
+slot, and `Ring.prefetch` starts the copy for the layer after it on a stream of its own while this one computes. Frozen
+weights only ever travel host to device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from lowvram_tuner.memory.estimate import ALIGN
+from lowvram_tuner.quant.spec import TensorSpec
+
+Layout = dict[str, dict[str, TensorSpec]]  # linear's name -> packed tensor's name -> spec
+
+
+@dataclass
+class Slab:
+    """One buffer, uint8 [nbytes], and the typed views that a layout cuts out of it at multiples of ALIGN."""
+
+    buffer: torch.Tensor
+    views: dict[str, dict[str, torch.Tensor]]
+
+
+def slab_bytes(layout: Layout) -> int:
+    """Size of a slab with that layout."""
+    return sum(_aligned(spec.nbytes) for tensors in layout.values() for spec in tensors.values())
+
+
+def make_slab(layout: Layout, device: torch.device | str, pinned: bool = False, buffer: torch.Tensor | None = None) -> Slab:
+    """An uninitialized slab, or the views of a layout in `buffer`, which must be large enough."""
+    if buffer is None:
+        buffer = _pinned(slab_bytes(layout)) if pinned else torch.empty(slab_bytes(layout), dtype=torch.uint8, device=device)
+    views: dict[str, dict[str, torch.Tensor]] = {}
+    offset = 0
+    for linear, tensors in layout.items():
+        views[linear] = {}
+        for name, spec in tensors.items():
+            part = buffer[offset : offset + spec.nbytes]
+            views[linear][name] = part.view(getattr(torch, spec.dtype)).view(spec.shape)
+            offset += _aligned(spec.nbytes)
+    return Slab(buffer, views)
+
+
+class Ring:
+    """Two slots on the GPU through which the streamed slabs pass, in the order that `fetch` and `prefetch` ask for.
+
+    A slab always lands in the slot its layer is bound to (its rank among the streamed layers modulo 2). Three events keep
+    the two streams honest: a copy waits until the slot's last reader is done, a reader waits until its copy is.
+    """
+
+    def __init__(self, host: dict[int, torch.Tensor], device: torch.device) -> None:
+        self.host, self.device = host, device
+        self.order = sorted(host)
+        size = max(buffer.numel() for buffer in host.values())
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.holds: list[int | None] = [None, None]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def slot_of(self, layer: int) -> int:
+        """Which slot a streamed layer's tensors are views of."""
+        return self.order.index(layer) % 2
+
+    def neighbour(self, layer: int, step: int) -> int | None:
+        """The streamed layer that runs after `layer` in the direction of `step` (+1 forward, -1 backward), if any."""
+        rest = [k for k in self.order if (k - layer) * step > 0]
+        return (min(rest) if step > 0 else max(rest)) if rest else None
+
+    def prefetch(self, layer: int | None) -> None:
+        """Starts the copy of a layer's slab unless its slot holds it already. Called after the slot's last reader was queued."""
+        if layer is None or self.holds[self.slot_of(layer)] == layer:
+            return
+        slot = self.slot_of(layer)
+        self.holds[slot] = layer
+        source = self.host[layer]
+        if self.stream is None:
+            self.slots[slot][: source.numel()].copy_(source)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            self.slots[slot][: source.numel()].copy_(source, non_blocking=True)
+
+    def fetch(self, layer: int) -> None:
+        """Makes the current stream wait for the layer's slab, copying it now if nobody prefetched it."""
+        self.prefetch(layer)
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def reset(self) -> None:
+        """Forgets what the slots hold: the start of a captured step must not depend on what ran before it."""
+        self.holds = [None, None]
+
+
+def streamed_layers(layers: int, streamed: int) -> list[int]:
+    """Which layers stream: spread evenly, so that each transfer hides behind its resident neighbours too."""
+    return sorted({(i * layers + layers // 2) // streamed for i in range(streamed)}) if streamed else []
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+def _pinned(nbytes: int) -> torch.Tensor:
+    """Host memory the card can read while it computes; ordinary memory, slower, where none can be pinned."""
+    if torch.cuda.is_available():
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"{nbytes / 1e9:.2f} GB of pinned memory cannot be had ({reason}); streaming is slower.", stacklevel=2)
+    return torch.empty(nbytes, dtype=torch.uint8)

@@ -1,0 +1,254 @@
+"""Streaming load: from files to slabs, one weight at a time.
+
+The model is built on the meta device, its decoder layers' linears become `QuantLinear`s, and each weight is read, moved to
+the card, quantized there and copied into its layer's slab before the next one is read. The peak is therefore the slabs so
+far plus one weight, and host memory holds one tensor plus the streamed slabs. On the CPU, where unpacking costs more than
+memory does, a plan may have the quantized weights unpacked once, here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowvram_tuner.config import ConfigError, TrainConfig
+from lowvram_tuner.memory.plan import Budget, Plan
+from lowvram_tuner.memory.slabs import Layout, Ring, Slab, make_slab, streamed_layers
+from lowvram_tuner.models.source import Source, locate
+from lowvram_tuner.models.weights import Weights, open_weights
+from lowvram_tuner.quant.linear import QuantLinear
+from lowvram_tuner.quant.registry import quant_format, resolve
+from lowvram_tuner.quant.spec import QuantSpec, Scratch
+
+Progress = Callable[[str, float, float], None]  # what, done, total
+
+
+@dataclass
+class Loaded:
+    """A model ready to train or chat: transformers' module tree over slabs."""
+
+    model: nn.Module
+    source: Source
+    spec: QuantSpec
+    device: torch.device
+    dtype: torch.dtype
+    scratch: Scratch
+    slabs: list[Slab]
+    ring: Ring | None = None
+    head: QuantLinear | None = None  # None: the head is the embedding
+    config: Any = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.model.layers
+
+
+def load_model(
+    model: str, spec: QuantSpec, plan: Plan, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
+) -> Loaded:
+    """Loads a model as a plan says. Raises ConfigError for files that are missing, broken or of another shape."""
+    source = locate(model)
+    skeleton = build_skeleton(source.folder, source.hf_kwargs(), dtype)
+    return fill(skeleton, open_weights(source, skeleton), source, spec, plan, device, dtype, progress)
+
+
+def load_for_chat(
+    model: str, bits: int, method: str, adapter: Path | None, device: str | None = None, progress: Progress | None = None
+) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) for generation: everything resident, the adapter attached as a PEFT model when one is given."""
+    from lowvram_tuner.lora.adapter import load_adapter
+    from lowvram_tuner.models.precision import pick_device, pick_dtype
+    from lowvram_tuner.models.source import load_tokenizer
+
+    target = torch.device(device) if device else pick_device()
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model, resolve(bits, method), _chat_plan(target), target, pick_dtype(target), progress)
+    loaded.model.eval()
+    return (load_adapter(loaded.model, adapter) if adapter else loaded.model), tokenizer
+
+
+def build_skeleton(folder: Path, hf_kwargs: dict[str, str], dtype: torch.dtype) -> nn.Module:
+    """The model on the meta device. Only architectures that transformers itself knows are built."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **hf_kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder} has no config that transformers can read: {str(error).splitlines()[0]}") from None
+    return skeleton_from_config(config, dtype)
+
+
+def skeleton_from_config(config: Any, dtype: torch.dtype) -> nn.Module:
+    """A decoder-only model of that config on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    config = getattr(config, "text_config", config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the packed tensors are read by this program, not by transformers
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+    if not hasattr(getattr(model, "model", None), "layers"):
+        raise ConfigError(f"model_type={config.model_type!r} is not a decoder-only model with layers; use a Llama-like model.")
+    return model.requires_grad_(False)
+
+
+def fill(
+    model: nn.Module, weights: Weights | None, source: Source, spec: QuantSpec, plan: Plan,
+    device: torch.device, dtype: torch.dtype, progress: Progress | None = None,
+) -> Loaded:  # fmt: skip
+    """Gives a meta-device model its slabs, embeddings, head and norms. `weights` None: random ones of the right shape."""
+    fmt = _format(spec, dtype)
+    held = _format(QuantSpec("none", 16), dtype) if plan.unpacked else fmt
+    scratch = Scratch(_scratch_bytes(model, plan, dtype), device)
+    layers = model.model.layers
+    streamed = streamed_layers(len(layers), plan.streamed)
+    slabs: list[Slab] = []
+    hosts: dict[int, torch.Tensor] = {}
+    for index, layer in enumerate(layers):
+        if progress:
+            progress("loading layers", index, len(layers))
+        linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        layout: Layout = {n: held.layout(m.out_features, m.in_features) for n, m in linears.items()}
+        slab = make_slab(layout, device, pinned=index in streamed)
+        if weights is None and index:
+            slab.buffer.copy_(slabs[0].buffer)
+        else:
+            for name, linear in linears.items():
+                weight = _read(weights, f"model.layers.{index}.{name}.weight", (linear.out_features, linear.in_features))
+                packed = fmt.quantize(weight.to(device=device, dtype=_source_dtype(weight, dtype)))
+                if held is not fmt:
+                    packed = {"weight": fmt.dequantize(packed, torch.empty(weight.shape, dtype=dtype))}
+                _store(packed, slab.views[name])
+        if index in streamed:
+            hosts[index] = slab.buffer
+        slabs.append(slab)
+        _replace_linears(layer, linears, held, slab, scratch, weights, f"model.layers.{index}", device, dtype)
+    ring = _make_ring(layers, hosts, device) if hosts else None
+    loaded = Loaded(model, source, spec, device, dtype, scratch, slabs, ring, config=model.config)
+    _load_tables(loaded, weights, plan)
+    _load_small(model, weights, device, dtype)
+    if progress:
+        progress("loading layers", len(layers), len(layers))
+    return loaded
+
+
+def _format(spec: QuantSpec, dtype: torch.dtype) -> Any:
+    fmt = quant_format(spec)
+    if spec.method == "none":
+        fmt.dtype = str(dtype).removeprefix("torch.")
+    return fmt
+
+
+def _source_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Quantizing sees the stored precision; only fp32 sources on a 16-bit card are narrowed first to halve the peak."""
+    return dtype if weight.dtype == torch.float32 and dtype != torch.float32 else weight.dtype
+
+
+def _read(weights: Weights | None, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    if weights is None:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(len(name))).mul_(0.02)
+    tensor = weights.read(name)
+    if tuple(tensor.shape) != tuple(shape):
+        raise ConfigError(f"tensor {name!r} has shape {tuple(tensor.shape)}, but the model's config asks for {tuple(shape)}.")
+    return tensor
+
+
+def _store(packed: dict[str, torch.Tensor], views: dict[str, torch.Tensor]) -> None:
+    for name, view in views.items():
+        view.copy_(packed[name].view(view.shape) if packed[name].shape != view.shape else packed[name])
+
+
+def _replace_linears(layer, linears, fmt, slab, scratch, weights, prefix, device, dtype) -> None:
+    for name, linear in linears.items():
+        bias = None
+        if linear.bias is not None:
+            bias = _read(weights, f"{prefix}.{name}.bias", (linear.out_features,)).to(device=device, dtype=dtype)
+        quantized = QuantLinear(linear.in_features, linear.out_features, fmt, bias)
+        quantized.bind(slab.views[name], scratch)
+        parent, _, leaf = name.rpartition(".")
+        setattr(layer.get_submodule(parent), leaf, quantized)
+
+
+def _make_ring(layers: nn.ModuleList, hosts: dict[int, torch.Tensor], device: torch.device) -> Ring:
+    """Binds the streamed layers' linears to the ring's slots."""
+    ring = Ring(hosts, device)
+    for index in hosts:
+        linears = {n: m for n, m in layers[index].named_modules() if isinstance(m, QuantLinear)}
+        layout = {n: m.format.layout(m.out_features, m.in_features) for n, m in linears.items()}
+        slot = make_slab(layout, device, buffer=ring.slots[ring.slot_of(index)])
+        for name, linear in linears.items():
+            linear.bind(slot.views[name], linear.scratch)
+    return ring
+
+
+def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
+    """Embeddings, on the card or in pinned host memory, and the head at the plan's bits; a tied head stays the embedding."""
+    model, device, dtype = loaded.model, loaded.device, loaded.dtype
+    embedding = model.model.embed_tokens
+    shape = (embedding.num_embeddings, embedding.embedding_dim)
+    table = _read(weights, "model.embed_tokens.weight", shape).to(dtype)
+    table = table.pin_memory() if plan.embeddings_on_host and device.type == "cuda" else table.to(device)
+    embedding.weight = nn.Parameter(table, requires_grad=False)
+    head = model.lm_head
+    tied = model.config.tie_word_embeddings or (weights is not None and "lm_head.weight" not in weights.names())
+    if tied:
+        head.weight = embedding.weight
+        return
+    fmt = _format(resolve(plan.head_bits), dtype)
+    slab = make_slab({"lm_head": fmt.layout(*shape)}, device)
+    weight = _read(weights, "lm_head.weight", shape)
+    _store(fmt.quantize(weight.to(device=device, dtype=dtype)), slab.views["lm_head"])
+    loaded.head = QuantLinear(shape[1], shape[0], fmt)
+    loaded.head.bind(slab.views["lm_head"], loaded.scratch)
+    model.lm_head = loaded.head
+
+
+def _load_small(model: nn.Module, weights: Weights | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Everything still on the meta device: norms from the files, rotary tables from the config."""
+    for name, parameter in list(model.named_parameters()):
+        if parameter.device.type == "meta":
+            value = torch.ones(parameter.shape) if weights is None else _read(weights, name, tuple(parameter.shape))
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False))
+    for name, module in list(model.named_modules()):
+        if any(b.device.type == "meta" for b in module.buffers(recurse=False)):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, type(module)(config=model.config).to(device))
+
+
+def _scratch_bytes(model: nn.Module, plan: Plan, dtype: torch.dtype) -> int:
+    """The plan's scratch, or for a plan without one the largest linear of a layer."""
+    if plan.scratch_bytes:
+        return plan.scratch_bytes
+    largest = max((m.in_features * m.out_features for m in model.model.layers[0].modules() if isinstance(m, nn.Linear)), default=0)
+    return largest * dtype.itemsize
+
+
+def _chat_plan(device: torch.device) -> Plan:
+    kind = "vram" if device.type == "cuda" else "ram"
+    return Plan(True, {}, Budget(0, 0, 0, kind), host_bytes=0, step_s=0.0, words=(), unpacked=kind == "ram")
+
+
+def random_model(config_values: dict[str, Any], spec: QuantSpec, plan: Plan, device: torch.device, dtype: torch.dtype) -> Loaded:
+    """A model of that transformers config with random weights of the right layout, for measuring shapes nobody downloads."""
+    from transformers import AutoConfig
+
+    values = dict(config_values)
+    model = skeleton_from_config(AutoConfig.for_model(values.pop("model_type"), **values), dtype)
+    return fill(model, None, Source(Path(), None, "random"), spec, plan, device, dtype)
+
+
+def config_values(config: TrainConfig) -> dict[str, Any]:
+    """The transformers config of a catalogue shape, for `random_model`."""
+    from lowvram_tuner.models.catalogue import shape_of
+
+    s = shape_of(config.model)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings")  # fmt: skip
+    return {n: getattr(s, n) for n in names} | {"model_type": s.family}

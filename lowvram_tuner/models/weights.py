@@ -1,0 +1,105 @@
+"""Weights of a model on disk, one tensor at a time: safetensors by memory map, GGUF dequantized tensor by tensor.
+
+Names are transformers' parameter names. Nothing is read before it is asked for, so loading never holds more than the tensor
+at hand.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram_tuner.config import ConfigError
+from lowvram_tuner.models.source import Source
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Weights(ABC):
+    """What a loader needs of a checkpoint."""
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """Every tensor's name."""
+
+    @abstractmethod
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU, in its stored dtype (GGUF: fp32). Raises ConfigError when it is missing or unreadable."""
+
+
+def open_weights(source: Source, model: nn.Module) -> Weights:
+    """The weights of a source. `model` (on the meta device) gives transformers' names for a GGUF's tensors."""
+    return GgufWeights(source, model) if source.gguf else SafetensorsWeights(source.folder)
+
+
+class SafetensorsWeights(Weights):
+    """A folder of *.safetensors, with or without an index file."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.folder, self._error = folder, SafetensorError
+        self._files: dict[str, Path] = {}
+        self._open: dict[Path, object] = {}
+        for path in self._paths():
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(f"{path.name} cannot be read ({error}); download it again.") from None
+            self._files |= dict.fromkeys(self._open[path].keys(), path)
+
+    def _paths(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if not index.is_file():
+            return sorted(self.folder.glob("*.safetensors"))
+        paths = sorted({self.folder / Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        for path in paths:
+            if not path.is_file():
+                raise ConfigError(f"{path.name} is named by {index.name} but missing in {self.folder}; download the model again.")
+        return paths
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._files:
+            raise ConfigError(f"{self.folder} has no tensor {name!r}; it is not a complete checkpoint of this model.")
+        path = self._files[name]
+        try:
+            return self._open[path].get_tensor(name)
+        except self._error as error:
+            raise ConfigError(f"{path.name}: tensor {name!r} cannot be read ({error}); download it again.") from None
+
+
+class GgufWeights(Weights):
+    """A GGUF file through transformers' own name map and per-family tensor fixes (llama.cpp permutes q and k)."""
+
+    def __init__(self, source: Source, model: nn.Module) -> None:
+        from gguf import GGUFReader
+        from transformers import modeling_gguf_pytorch_utils as hf
+
+        self.path = source.folder / source.gguf
+        reader = GGUFReader(self.path)
+        architecture = hf.read_field(reader, "general.architecture")[0]
+        self._processor = hf.TENSOR_PROCESSORS.get(architecture, hf.TensorProcessor)(config=model.config.to_dict())
+        hf_names = hf.get_gguf_hf_weights_map(model, self._processor)
+        self._tensors = {hf_names[t.name]: t for t in reader.tensors if t.name in hf_names}
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def read(self, name: str) -> torch.Tensor:
+        import numpy as np
+        import torch
+        from gguf import dequantize
+
+        if name not in self._tensors:
+            raise ConfigError(f"{self.path.name} has no tensor {name!r}; it is not a complete checkpoint of this model.")
+        tensor = self._tensors[name]
+        values = dequantize(tensor.data, tensor.tensor_type)
+        result = self._processor.process(weights=values, name=tensor.name, tensor_key_mapping={}, parsed_parameters={"tensors": {}})
+        return torch.from_numpy(np.array(result.weights))

@@ -1,0 +1,268 @@
+"""One decoder layer of the Llama family with a hand-written backward: the unit that training, planning and streaming share.
+
+    x2 = x + o(attention(rope(qkv(norm1(x)))))          y = x2 + down(swiglu(gate_up(norm2(x2))))
+
+q, k and v share their input, and so do gate and up: each group is dequantized into the scratch once and multiplied once.
+Backward is written out because autograd would keep what frozen weights do not need: here a layer keeps its input, or the
+attention's output too, or everything, as the plan says, and what was not kept is computed again. The last product of a
+layer is never computed again, since only its input is needed.
+
+`memory/estimate.py` counts what is alive here; change both together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kernels.attention import Saved, attention, attention_backward
+from kernels.norm import rms_norm, rms_norm_backward
+from kernels.rope import HeadNorm, rope, rope_backward
+from kernels.swiglu import swiglu, swiglu_backward
+from lowvram_tuner.lora.adapter import NAME, Adapter
+from lowvram_tuner.quant.linear import QuantLinear
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+INPUT, ATTENTION, ALL = "input", "attention", "all"  # what a layer keeps from forward to backward
+
+
+@dataclass
+class Sequences:
+    """Where the examples of a pass lie: cos, sin [T, d], cu_seqlens int32 [n + 1], and the longest example allowed."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_len: int
+
+
+@dataclass
+class Kept:
+    """What one layer keeps until its backward. x2, attention, qkv and gate_up are None when they are computed again."""
+
+    x: torch.Tensor
+    x2: torch.Tensor | None = None
+    attention: Saved | None = None
+    qkv: torch.Tensor | None = None
+    rotated: torch.Tensor | None = None
+    gate_up: torch.Tensor | None = None
+
+
+class LinearGroup:
+    """Frozen linears that share their input, with their adapters: y = x [W1; W2; ..]^T + b + s (x A^T) B^T.
+
+    A [sum of ranks, in] is one view of the flat adapter; each B stays its own, since the product is block-diagonal.
+    """
+
+    def __init__(self, modules: list[nn.Module], adapter: Adapter | None) -> None:
+        self.bases = [getattr(m, "base_layer", m) for m in modules]
+        self.in_features = self.bases[0].in_features
+        self.edges = [0]
+        for base in self.bases:
+            self.edges.append(self.edges[-1] + base.out_features)
+        self.out_features = self.edges[-1]
+        self.bias = self._bias()
+        self.scaling, self.rank, self.members = 1.0, 0, []
+        if adapter is not None:
+            self._attach(modules, adapter)
+
+    def _bias(self) -> torch.Tensor | None:
+        if all(b.bias is None for b in self.bases):
+            return None
+        some = next(b.bias for b in self.bases if b.bias is not None)
+        return torch.cat([some.new_zeros(b.out_features) if b.bias is None else b.bias.detach() for b in self.bases])
+
+    def _attach(self, modules: list[nn.Module], adapter: Adapter) -> None:
+        """Finds the adapter's matrices: `members` holds (columns of y, columns of the ranks, B, gradient of B)."""
+        first = None
+        for i, module in enumerate(modules):
+            if NAME not in getattr(module, "lora_A", {}):
+                continue
+            a, b = module.lora_A[NAME].weight, module.lora_B[NAME].weight
+            first = a if first is None else first
+            ranks = slice(self.rank, self.rank + a.shape[0])
+            self.members.append((slice(self.edges[i], self.edges[i + 1]), ranks, b.detach(), b.grad))
+            self.rank += a.shape[0]
+            self.scaling = module.scaling[NAME]
+        if first is None:
+            return
+        start = first.storage_offset()
+        size = self.rank * self.in_features
+        self.a = adapter.parameters[start : start + size].view(self.rank, self.in_features)
+        self.grad_a = adapter.gradients[start : start + size].view(self.rank, self.in_features)
+
+    def _whole(self, dtype: torch.dtype) -> bool:
+        """Whether the group fits the scratch in one piece."""
+        held = self.bases[0].scratch.buffer.numel()
+        return len(self.bases) > 1 and self.bases[0].format.spec.method != "none" and all(b.format.dense for b in self.bases) and (
+            self.out_features * self.in_features * dtype.itemsize <= held
+        )
+
+    def _dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        w = self.bases[0].scratch.tile(self.out_features, self.in_features, dtype)
+        for base, start, stop in zip(self.bases, self.edges, self.edges[1:]):
+            base.format.dequantize(base.packed, w[start:stop])
+        return w
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] to y [T, out]."""
+        y = x.new_empty(x.shape[0], self.out_features)
+        if self._whole(x.dtype):
+            torch.mm(x, self._dequantize(x.dtype).t(), out=y)
+        else:
+            for base, start, stop in zip(self.bases, self.edges, self.edges[1:]):
+                base.format.forward(x, base.packed, base.scratch, y[:, start:stop])
+        if self.bias is not None:
+            y += self.bias
+        if self.members:
+            down = x @ self.a.t()  # [T, R]
+            for columns, ranks, b, _ in self.members:
+                y[:, columns].addmm_(down[:, ranks], b.t(), alpha=self.scaling)
+        return y
+
+    def backward(self, gy: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        """Adds the adapter's gradients and returns gx [T, in]. x: the group's input, not needed without an adapter."""
+        gx = gy.new_empty(gy.shape[0], self.in_features)
+        if self._whole(gy.dtype):
+            torch.mm(gy, self._dequantize(gy.dtype), out=gx)
+        else:
+            gx.zero_()
+            for base, start, stop in zip(self.bases, self.edges, self.edges[1:]):
+                base.format.grad_input(gy[:, start:stop], base.packed, base.scratch, gx)
+        if self.members:
+            up = gy.new_empty(gy.shape[0], self.rank)
+            for columns, ranks, b, _ in self.members:
+                torch.mm(gy[:, columns], b, out=up[:, ranks])
+            gx.addmm_(up, self.a, alpha=self.scaling)
+            self.adapter_gradients(gy, x, up)
+        return gx
+
+    def adapter_gradients(self, gy: torch.Tensor, x: torch.Tensor, up: torch.Tensor) -> None:
+        """grad A += s (gy B)^T x, grad B += s gy^T (x A^T)."""
+        self.grad_a.addmm_(up.t(), x, alpha=self.scaling)
+        down = x @ self.a.t()
+        for columns, ranks, _, grad_b in self.members:
+            grad_b.addmm_(gy[:, columns].t(), down[:, ranks], alpha=self.scaling)
+
+
+class FusedLayer:
+    """Forward and backward of one transformers decoder layer of FAMILIES, reading its weights in place."""
+
+    def __init__(self, layer: nn.Module, model_config: object, adapter: Adapter | None, mlp_chunk: int = 1 << 30) -> None:
+        attn, mlp = layer.self_attn, layer.mlp
+        self.heads, self.kv_heads = model_config.num_attention_heads, model_config.num_key_value_heads
+        self.head_dim, self.scale, self.mlp_chunk = attn.head_dim, attn.scaling, mlp_chunk
+        self.qkv = LinearGroup([attn.q_proj, attn.k_proj, attn.v_proj], adapter)
+        self.o = LinearGroup([attn.o_proj], adapter)
+        self.gate_up = LinearGroup([mlp.gate_proj, mlp.up_proj], adapter)
+        self.down = LinearGroup([mlp.down_proj], adapter)
+        self.norm1, self.norm2 = layer.input_layernorm, layer.post_attention_layernorm
+        self.head_norm = None
+        if hasattr(attn, "q_norm"):
+            self.head_norm = HeadNorm(attn.q_norm.weight, attn.k_norm.weight, attn.q_norm.variance_epsilon)
+
+    def forward(self, x: torch.Tensor, sequences: Sequences, keep: str | None) -> tuple[torch.Tensor, Kept]:
+        """x: [T, H]. `keep` None keeps nothing (evaluation). Returns y [T, H] and what backward needs."""
+        kept = Kept(x)
+        qkv = self.qkv.forward(self._norm(self.norm1, x)[0])
+        rotated, saved = self._attend(qkv, sequences)
+        x2 = self.o.forward(saved.out.flatten(1)).add_(x)
+        if keep in (ATTENTION, ALL):
+            kept.x2, kept.attention = x2, saved
+        if keep == ALL:
+            kept.qkv, kept.rotated = qkv, rotated
+        del qkv, rotated, saved
+        if keep == ALL:
+            kept.gate_up = self.gate_up.forward(self._norm(self.norm2, x2)[0])
+            return self.down.forward(swiglu(kept.gate_up)).add_(x2), kept
+        y = x2.clone() if keep == ATTENTION else x2
+        for part in self._chunks(x.shape[0]):
+            hidden = swiglu(self.gate_up.forward(self._norm(self.norm2, x2[part])[0]))
+            y[part] += self.down.forward(hidden)
+        return y, kept
+
+    def backward(self, gy: torch.Tensor, kept: Kept, sequences: Sequences) -> torch.Tensor:
+        """The gradient of x from gy [T, H], which is overwritten. Adds to the adapter's gradients and empties `kept`."""
+        x, x2, saved, qkv, rotated = kept.x, kept.x2, kept.attention, kept.qkv, kept.rotated
+        h, rstd = self._norm(self.norm1, x)
+        if qkv is None:
+            qkv = self.qkv.forward(h)
+            if saved is None:
+                rotated, saved = self._attend(qkv, sequences)
+            else:
+                rotated = self._rotate(qkv, sequences)
+        del h
+        if x2 is None:
+            x2 = self.o.forward(saved.out.flatten(1)).add_(x)
+        for part in [slice(None)] if kept.gate_up is not None else self._chunks(x.shape[0]):
+            self._mlp_backward(gy[part], x2[part], kept.gate_up)
+        del x2, kept.x2, kept.gate_up
+        return self._attention_backward(gy, x, rstd, qkv, rotated, saved, sequences)
+
+    def _mlp_backward(self, gy: torch.Tensor, x2: torch.Tensor, gate_up: torch.Tensor | None) -> None:
+        """Turns gy, the gradient of y, into the gradient of x2, in place."""
+        h, rstd = self._norm(self.norm2, x2)
+        if gate_up is None:
+            gate_up = self.gate_up.forward(h)
+        down = self.down
+        ga = gy.new_empty(gy.shape[0], down.in_features)
+        base = down.bases[0]
+        base.format.grad_input(gy, base.packed, base.scratch, ga.zero_())
+        if down.members:
+            up = gy @ down.members[0][2]
+            ga.addmm_(up, down.a, alpha=down.scaling)
+        swiglu_backward(gate_up, ga)  # gate_up: its gradient; ga: the input of down
+        if down.members:
+            down.adapter_gradients(gy, ga, up)
+        del ga
+        gh = self.gate_up.backward(gate_up, h)
+        rms_norm_backward(gh, x2, self.norm2.weight, rstd, gy)
+
+    def _attention_backward(self, gy, x, rstd, qkv, rotated, saved, sequences) -> torch.Tensor:
+        go = self.o.backward(gy, saved.out.flatten(1))
+        q, k, v = self._heads(qkv, rotated)
+        grads = attention_backward(
+            go.view(q.shape), q, k, v, saved, sequences.cu_seqlens, sequences.max_len, self.scale
+        )  # fmt: skip
+        del go, q, k, v, saved, rotated
+        gqkv = rope_backward(*grads, qkv if self.head_norm else None, sequences.cos, sequences.sin, self.head_norm)
+        del grads, qkv
+        h = self._norm(self.norm1, x)[0] if self.qkv.members else None
+        return rms_norm_backward(self.qkv.backward(gqkv, h), x, self.norm1.weight, rstd, gy)
+
+    def _norm(self, norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rms_norm(x, norm.weight, norm.variance_epsilon)
+
+    def _rotate(self, qkv: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        return rope(qkv, sequences.cos, sequences.sin, self.heads, self.kv_heads, self.head_norm)
+
+    def _attend(self, qkv: torch.Tensor, sequences: Sequences) -> tuple[torch.Tensor, Saved]:
+        rotated = self._rotate(qkv, sequences)
+        q, k, v = self._heads(qkv, rotated)
+        return rotated, attention(q, k, v, sequences.cu_seqlens, sequences.max_len, self.scale)
+
+    def _heads(self, qkv: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [T, heads, d], k and v [T, kv_heads, d] as views."""
+        q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        parts = (rotated[:, :q_size], rotated[:, q_size : q_size + kv_size], qkv[:, q_size + kv_size :])
+        return tuple(p.unflatten(1, (-1, self.head_dim)) for p in parts)
+
+    def _chunks(self, tokens: int) -> list[slice]:
+        return [slice(i, min(i + self.mlp_chunk, tokens)) for i in range(0, tokens, self.mlp_chunk)]
+
+
+def supports(model: nn.Module, max_seq_length: int) -> bool:
+    """Whether every decoder layer of a model is one this file computes: family, full rotary, no window that would cut."""
+    config = model.config
+    layer = model.model.layers[0]
+    attn = getattr(layer, "self_attn", None)
+    if config.model_type not in FAMILIES or not all(hasattr(attn, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")):
+        return False
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    activation = getattr(config, "hidden_act", "silu")
+    rotary = getattr(model.model, "rotary_emb", None)
+    full = rotary is not None and rotary.inv_freq.numel() * 2 == attn.head_dim
+    linear = getattr(layer.mlp.gate_proj, "base_layer", layer.mlp.gate_proj)
+    return activation == "silu" and full and (window is None or window >= max_seq_length) and isinstance(linear, QuantLinear)

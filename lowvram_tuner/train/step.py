@@ -1,0 +1,185 @@
+"""One micro-batch through the model: forward, loss and backward, layer by layer, as the plan says.
+
+The walk over the layers is explicit, not autograd's: that is what lets a layer's slab be streamed in while its neighbour
+computes, its input wait in host memory, and the whole pass be captured as one CUDA graph, replayed without Python.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels.gather import gather_rows
+from kernels.norm import rms_norm, rms_norm_backward
+from lowvram_tuner.lora.adapter import Adapter
+from lowvram_tuner.memory.plan import Plan
+from lowvram_tuner.models.load import Loaded
+from lowvram_tuner.train.fused_layer import ALL, ATTENTION, INPUT, FusedLayer, Kept, Sequences
+from lowvram_tuner.train.loss import Head, head_loss
+
+
+@dataclass
+class Batch:
+    """A flat micro-batch on the device; see `data.packing`. `targets`: int64 [M], the positions whose label counts, padded
+    with position 0 and label -100; labels: int64 [M]."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    targets: torch.Tensor
+    labels: torch.Tensor
+    max_len: int
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.input_ids, self.position_ids, self.cu_seqlens, self.targets, self.labels]
+
+
+def to_batch(flat, device: torch.device, max_len: int, round_targets: int = 64, sequences: int = 0) -> Batch:
+    """A `data.packing.MicroBatch` on the device. `sequences` pads cu_seqlens to a fixed count, so that shapes repeat."""
+    targets = np.flatnonzero(flat.labels >= 0)
+    size = max(round_targets, -(-len(targets) // round_targets) * round_targets)
+    size = min(size, max(len(flat.labels), 1))
+    positions, labels = np.zeros(size, np.int64), np.full(size, -100, np.int64)
+    positions[: len(targets)], labels[: len(targets)] = targets, flat.labels[targets]
+    edges = np.asarray(flat.cu_seqlens, np.int32)
+    if sequences >= len(edges):
+        edges = np.concatenate([edges, np.full(sequences + 1 - len(edges), edges[-1], np.int32)])
+    arrays = (flat.input_ids, flat.position_ids, edges, positions, labels)
+    moved = [torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True) for a in arrays]
+    return Batch(*moved, max_len=max_len)
+
+
+class HostInputs:
+    """Checkpoints of hidden states in pinned host memory, copied out and back on a stream of their own."""
+
+    def __init__(self, layers: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.host = torch.empty(layers, *shape, dtype=dtype, pin_memory=True)
+        self.stream = torch.cuda.Stream(device)
+        self.waiting: dict[int, torch.Tensor] = {}
+
+    def put(self, layer: int, x: torch.Tensor) -> None:
+        """Starts copying x out. The memory of x may be reused once the copy is done."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.host[layer][: x.shape[0]].copy_(x, non_blocking=True)
+        x.record_stream(self.stream)
+
+    def prefetch(self, layer: int, like: torch.Tensor) -> None:
+        """Starts copying a layer's input back."""
+        if layer < 0:
+            return
+        self.waiting[layer] = torch.empty_like(like)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.waiting[layer].copy_(self.host[layer][: like.shape[0]], non_blocking=True)
+
+    def get(self, layer: int) -> torch.Tensor:
+        """The layer's input, once its copy is done."""
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return self.waiting.pop(layer)
+
+
+class FusedStep:
+    """Forward and backward of a model of `fused_layer.FAMILIES` under a plan."""
+
+    def __init__(self, loaded: Loaded, adapter: Adapter | None, plan: Plan, max_tokens: int) -> None:
+        self.loaded, self.plan, self.ring = loaded, plan, loaded.ring
+        config, inner = loaded.config, loaded.model.model
+        self.layers = [FusedLayer(layer, config, adapter, plan.mlp_chunk) for layer in loaded.layers]
+        self.final_norm, self.rotary, self.table = inner.norm, inner.rotary_emb, inner.embed_tokens.weight
+        cap = getattr(config, "final_logit_softcapping", None) or 0.0
+        self.head = Head(loaded.head, self.table, loaded.scratch, cap)
+        self.inputs = None
+        if plan.inputs_on_host and loaded.device.type == "cuda":
+            self.inputs = HostInputs(len(self.layers), (max_tokens, config.hidden_size), loaded.dtype, loaded.device)
+
+    def keep_level(self, layer: int) -> str:
+        """What a layer keeps: the last ones everything, the ones before attention's output, the first their input."""
+        from_end = len(self.layers) - 1 - layer
+        if from_end < self.plan.keep_all:
+            return ALL
+        return ATTENTION if from_end < self.plan.keep_all + self.plan.keep_attention else INPUT
+
+    @torch.no_grad()
+    def accumulate(self, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+        """Adds scale x the gradient of the summed loss to the adapter's gradients. Returns the sum of losses, fp32 scalar."""
+        sequences = self._sequences(batch)
+        x = gather_rows(batch.input_ids, self.table)
+        kept: list[Kept | None] = []
+        for index, layer in enumerate(self.layers):
+            self._enter(index, +1)
+            level = self.keep_level(index)
+            y, saved = layer.forward(x, sequences, level)
+            if self.inputs is not None and level == INPUT:
+                self.inputs.put(index, x)
+                saved.x = None
+            kept.append(saved)
+            x = y
+            del y, saved
+        total, gx = self._loss(x, batch, scale)
+        del x
+        for index in reversed(range(len(self.layers))):
+            self._enter(index, -1)
+            saved, kept[index] = kept[index], None
+            if self.inputs is not None:
+                saved = self._bring_back(index, saved, kept, gx)
+            gx = self.layers[index].backward(gx, saved, sequences)
+        self._leave()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """The sum of losses of a micro-batch, fp32 scalar; nothing is kept."""
+        x = self.hidden(batch)
+        rows = torch.index_select(x, 0, batch.targets)
+        h, _ = rms_norm(rows, self.final_norm.weight, self.final_norm.variance_epsilon)
+        return head_loss(h, batch.labels, self.head, with_gradient=False)[0]
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Hidden states [T, H] before the final norm."""
+        sequences, x = self._sequences(batch), gather_rows(batch.input_ids, self.table)
+        for index, layer in enumerate(self.layers):
+            self._enter(index, +1)
+            x, _ = layer.forward(x, sequences, None)
+        self._leave()
+        return x
+
+    def _sequences(self, batch: Batch) -> Sequences:
+        like = torch.empty(1, dtype=self.loaded.dtype, device=batch.input_ids.device)
+        cos, sin = self.rotary(like, batch.position_ids[None])
+        return Sequences(cos[0], sin[0], batch.cu_seqlens, batch.max_len)
+
+    def _loss(self, x: torch.Tensor, batch: Batch, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss, and scale x its gradient by the last layer's output [T, H]."""
+        rows = torch.index_select(x, 0, batch.targets)
+        h, rstd = rms_norm(rows, self.final_norm.weight, self.final_norm.variance_epsilon)
+        total, gh = head_loss(h, batch.labels, self.head)
+        gh.mul_(scale)
+        gx_rows = rms_norm_backward(gh, rows, self.final_norm.weight, rstd, torch.zeros_like(rows))
+        return total, torch.zeros_like(x).index_add_(0, batch.targets, gx_rows)
+
+    def _enter(self, index: int, direction: int) -> None:
+        """Makes the layer's slab available and starts the next streamed one on its way."""
+        if self.ring is None:
+            return
+        if index in self.ring.host:
+            self.ring.fetch(index)
+        self.ring.prefetch(self.ring.neighbour(index, direction))
+
+    def _leave(self) -> None:
+        """Joins the copy stream, so that a captured pass is complete and the next one starts from a known state."""
+        if self.ring is not None and self.ring.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.ring.stream)
+            self.ring.reset()
+
+    def _bring_back(self, index: int, saved: Kept, kept: list[Kept | None], gx: torch.Tensor) -> Kept:
+        if saved.x is None:
+            if index not in self.inputs.waiting:
+                self.inputs.prefetch(index, gx)
+            saved.x = self.inputs.get(index)
+        if index and kept[index - 1].x is None:
+            self.inputs.prefetch(index - 1, gx)
+        return saved
