@@ -95,10 +95,10 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 @command("bench", "Measure memory and speed of training steps.", ALL, _bench_arguments, uses_card=True)
 def bench(config: TrainConfig, args: argparse.Namespace) -> Result:
-    from lowvram_tuner.train.bench import bench
-
     if args.steps < 1:
         raise ConfigError(f"steps={args.steps} is too few; measure 1 or more.")
+    from lowvram_tuner.train.bench import bench
+
     return bench(config, args.steps, args.random_weights)
 
 
@@ -110,10 +110,10 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 @command("eval", "Perplexity of a model on a text.", (*MODEL, "max_seq_length", "precision", "vram_gb"), _eval_arguments,
          uses_card=True)  # fmt: skip
 def evaluate(config: TrainConfig, args: argparse.Namespace) -> Result:
-    from lowvram_tuner.train.evaluate import perplexity
-
     if not args.text.is_file():
         raise ConfigError(f"text={str(args.text)!r} is not a file; give a UTF-8 text file.")
+    from lowvram_tuner.train.evaluate import perplexity
+
     return perplexity(config, str(args.adapter) if args.adapter else None, args.text)
 
 

@@ -104,7 +104,7 @@ class Reporter:
 
     def stop_requested(self) -> bool:
         """True once somebody asked the run to save and end. Cheap enough for every micro-batch."""
-        return self.run.requested() is not None
+        return self.run.requested() == "stop"
 
     def attach(self, name: str, tracker: Tracker) -> None:
         """Sends every step and check to `tracker(values, step)` too."""
