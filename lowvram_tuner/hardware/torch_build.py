@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OLDEST_TORCH, NEXT_TORCH = "2.11", "2.15"  # the range this program is tested with: from, below
-PINNED_TORCH = "2.13.0"  # from the default index, where PyTorch's own index cannot be reached
+PINNED_TORCH = "2.13.0"  # on the CPU, and from the default index where PyTorch's own cannot be reached
 INDEX = "https://download.pytorch.org/whl/"
 TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8"}  # from torch's own wheel metadata
 
@@ -77,9 +77,10 @@ def choose(gpu: Gpu | None, system: str = sys.platform) -> Build:
     system: as `sys.platform` spells it. The default index has CUDA builds for Linux only.
     """
     if gpu is None:
-        return _cpu("no NVIDIA card: the CPU build")
+        return _cpu("no NVIDIA card: the CPU build", system)
     if (0, 0) < gpu.capability < _CUDA[1].oldest:
-        return _cpu(f"{gpu.name} (compute capability {_dotted(gpu.capability)}) is older than any current build: the CPU build")
+        why = f"{gpu.name} (compute capability {_dotted(gpu.capability)}) is older than any current build: the CPU build"
+        return _cpu(why, system)
     for cuda in _CUDA:
         if _serves(cuda, gpu):
             fallback = f"torch=={PINNED_TORCH}" if cuda.on_default_index and system == "linux" else ""
@@ -131,8 +132,10 @@ def read_gpu() -> tuple[Gpu | None, str]:
     return max(gpus, key=lambda gpu: gpu.total_mib), ""
 
 
-def _cpu(why: str) -> Build:
-    return Build("cpu", f"torch>={OLDEST_TORCH},<{NEXT_TORCH}", f"torch=={PINNED_TORCH}", why)
+def _cpu(why: str, system: str) -> Build:
+    """The pinned version with its tag, so that no further index of the user's can slip a CUDA build of 3 GB in."""
+    tag = "" if system == "darwin" else "+cpu"
+    return Build("cpu", f"torch=={PINNED_TORCH}{tag}", f"torch=={PINNED_TORCH}", why)
 
 
 def _serves(cuda: _Cuda, gpu: Gpu) -> bool:

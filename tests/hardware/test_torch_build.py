@@ -37,8 +37,8 @@ def gpu(capability: str, driver: str, name: str = "card") -> Gpu:
         ("12.0", "580.65", "win32", "cu130", FULL, ""),
         ("13.0", "700.1", "linux", "cu130", FULL, "torch==2.13.0"),  # a card that does not exist yet
         ("0.0", "590.1", "linux", "cu130", FULL, "torch==2.13.0"),  # nvidia-smi would not say
-        ("3.5", "470.82", "linux", "cpu", FULL, "torch==2.13.0"),  # Kepler: no current build has code for it
-        ("3.5", "470.82", "win32", "cpu", FULL, "torch==2.13.0"),
+        ("3.5", "470.82", "linux", "cpu", "torch==2.13.0+cpu", "torch==2.13.0"),  # Kepler: no current build has code for it
+        ("3.5", "470.82", "win32", "cpu", "torch==2.13.0+cpu", "torch==2.13.0"),
     ],
 )
 def test_choice(capability, driver, system, build, requirement, fallback):
@@ -47,10 +47,12 @@ def test_choice(capability, driver, system, build, requirement, fallback):
     assert chosen.index == f"https://download.pytorch.org/whl/{build}"
 
 
-@pytest.mark.parametrize("system", ["linux", "win32", "darwin"])
-def test_no_card_is_the_cpu_build(system):
+@pytest.mark.parametrize(
+    ("system", "requirement"), [("linux", "torch==2.13.0+cpu"), ("win32", "torch==2.13.0+cpu"), ("darwin", "torch==2.13.0")]
+)
+def test_no_card_is_the_cpu_build(system, requirement):
     chosen = choose(None, system)
-    assert (chosen.name, chosen.requirement, chosen.fallback) == ("cpu", FULL, "torch==2.13.0")
+    assert (chosen.name, chosen.requirement, chosen.fallback) == ("cpu", requirement, "torch==2.13.0")
 
 
 @pytest.mark.parametrize(("capability", "driver"), [("8.6", "470.82"), ("7.5", "524.99"), ("12.0", "560.94"), ("0.0", "440.1")])
