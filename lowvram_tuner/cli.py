@@ -13,7 +13,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-from lowvram_tuner.commands import COMMANDS, Command
+from lowvram_tuner.commands import COMMANDS, Command, CommandFailed
 from lowvram_tuner.config import ConfigError, TrainConfig, options
 from lowvram_tuner.presets import preset
 from lowvram_tuner.train.failures import explain, is_bad_input
@@ -119,9 +119,12 @@ class _Flat(argparse.Action):
 
 def _report(error: Exception) -> int:
     """Says on stderr what went wrong, in one line, and returns the exit code. A fault of the program shows where."""
+    if isinstance(error, CommandFailed):
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     failure = explain(error)
     if failure.bug:
         traceback.print_exception(error)
     bad = is_bad_input(error)
-    print(f"error: {failure.what}" + ("" if bad else f" {failure.fix}"), file=sys.stderr)
+    print(f"error: {failure.what}" if bad else f"error: {failure.what} {failure.fix}".rstrip(), file=sys.stderr)
     return 2 if bad else 1

@@ -18,7 +18,7 @@ from lowvram_tuner.config import ConfigError, TrainConfig, options
 from lowvram_tuner.console import ConsoleReporter, ProgressLine
 
 ALL = tuple(options())
-DATA = ("dataset", "model", "max_seq_length", "train_on", "packing", "columns", "system_prompt", "held_out", "seed")
+DATA = ("dataset", "model", "max_seq_length", "train_on", "packing", "columns", "system_prompt", "held_out", "seed", "output_dir")
 MODEL = ("model", "bits", "method", "group_size")
 Result = dict[str, Any]
 
@@ -119,10 +119,9 @@ def evaluate(config: TrainConfig, args: argparse.Namespace) -> Result:
 
 @command("data", "Read a dataset as training would, and report what is in it.", DATA)
 def data(config: TrainConfig, args: argparse.Namespace) -> Result:
-    from lowvram_tuner.data.prepare import prepare
-    from lowvram_tuner.models.source import load_tokenizer
+    from lowvram_tuner.data.prepare import report
 
-    return prepare(config, load_tokenizer(config.model)).report.to_json()
+    return report(config)
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:

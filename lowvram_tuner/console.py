@@ -37,9 +37,9 @@ class ProgressLine:
             sys.stderr.write("\n")
             self._width = 0
 
-    def __call__(self, what: str, done: float | None = None, total: float | None = None) -> None:
+    def __call__(self, what: str, done: float | None = None, total: float | None = None, unit: str = "") -> None:
         """The `progress` callback of long work."""
-        self.show(what if done is None else f"{what}: {done:g}" + (f" of {total:g}" if total else ""))
+        self.show(f"{what}{amount(done, total, unit)}")
 
 
 class ConsoleReporter(Reporter):
@@ -52,8 +52,7 @@ class ConsoleReporter(Reporter):
     def status(self, status: str, message: str, done: int | None = None, total: int | None = None, unit: str = "") -> None:
         news = status != self.state()["status"] or done is None
         super().status(status, message, done, total, unit)
-        amount = "" if done is None else f" {done}" + (f" of {total}" if total else "") + (f" {unit}" if unit else "")
-        self._line.show(f"{status}: {message}{amount}", important=news)
+        self._line.show(f"{status}: {message}{amount(done, total, unit)}", important=news)
 
     def step(self, step: int, **values: Any) -> None:
         super().step(step, **values)
@@ -78,6 +77,15 @@ def step_words(state: dict[str, Any]) -> str:
     if state["eta_s"] is not None:
         parts.append(f"{duration(state['eta_s'])} left")
     return " · ".join(parts)
+
+
+def amount(done: float | None, total: float | None, unit: str) -> str:
+    """' 3 of 30 layers', ' 40 %' of a number of bytes, or nothing when nothing is known."""
+    if done is None:
+        return ""
+    if unit == "bytes" and total:
+        return f" {100 * done / total:.0f} %"
+    return f" {done:g}" + (f" of {total:g}" if total else "") + (f" {unit}" if unit else "")
 
 
 def duration(seconds: float) -> str:

@@ -21,6 +21,8 @@ from transformers.generation import BaseStreamer
 from lowvram_tuner.chat.sampling import Sampling
 from lowvram_tuner.chat.target import Target
 from lowvram_tuner.config import ConfigError
+from lowvram_tuner.data.report import RowError
+from lowvram_tuner.data.templates import Template
 
 Message = dict[str, str]
 UNFINISHED = "\ufffd"  # what an incomplete UTF-8 sequence decodes to: its other bytes are in the next token
@@ -31,7 +33,7 @@ class ChatSession:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         """`model`: a transformers model, wrapped by PEFT when it has an adapter. `tokenizer`: the model's own."""
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.template = model, Template(tokenizer)
         self.tokens_per_s = 0.0  # of the last answer, from its first token on
         self.tokens = 0  # in the last answer
         self.stopped_early = False  # the last answer was ended by `stop`
@@ -92,13 +94,18 @@ class ChatSession:
         )
 
     def _render(self, messages: list[Message]) -> list[int]:
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        """Token ids of a conversation up to where the answer begins, exactly as training writes it."""
+        try:
+            text = self.template.render(self.template.fit(messages), generation_prompt=True)
+        except RowError as error:
+            raise ConfigError(f"{error}.") from None
+        return self.template.encode([text])[0].ids
 
     def _ends(self) -> list[int]:
-        """Tokens that end an answer: what the model's generation config names, and the tokenizer's end of turn."""
+        """Tokens that end an answer: what the model's generation config names, and the template's end of turn."""
         named = getattr(self.model.generation_config, "eos_token_id", None)
         named = named if isinstance(named, (list, tuple)) else [named]
-        return sorted({i for i in (*named, self.tokenizer.eos_token_id) if i is not None})
+        return sorted({i for i in (*named, *self.template.stop_ids) if i is not None})
 
     def _text(self, ids: Iterator[int]) -> Iterator[str]:
         """Text of ids as it becomes certain: a piece that ends inside a character waits for the next token.
@@ -124,7 +131,7 @@ class ChatSession:
             yield piece
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.template.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def generate_ids(

@@ -25,7 +25,7 @@ class Failure:
 
 def is_bad_input(error: BaseException) -> bool:
     """True for errors whose message tells the user which value to change."""
-    from lowvram_tuner.data.prepare import DataError
+    from lowvram_tuner.data.report import DataError
 
     return isinstance(error, (ConfigError, QuantError, DataError))
 
@@ -36,7 +36,7 @@ def explain(error: BaseException) -> Failure:
     if is_bad_input(error):
         return Failure(text, "Change that and start again.")
     if isinstance(error, Busy):
-        return Failure(text, "Wait for it, or stop it.")
+        return Failure(text, "")
     if isinstance(error, CheckpointError):
         return Failure(text, "Then resume the run.")
     if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text:

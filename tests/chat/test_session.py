@@ -176,6 +176,22 @@ def test_errors_of_the_model_reach_the_caller(model, tokenizer, monkeypatch):
         ChatSession(model, tokenizer).answer(user("hi"))
 
 
+def test_a_model_without_a_template_talks_as_it_was_trained(model):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    chat = ChatSession(model, tokenizer)
+    text = tokenizer.decode(chat._render([{"role": "system", "content": "sys"}, *user("hi")]))
+    assert text == "sys\n\n### User:\nhi\n\n### Assistant:\n"
+    assert chat._ends() == [256]
+
+
+def test_a_template_that_refuses_is_said(model):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% if messages | length > 2 %}{{ raise_exception('too many turns') }}{% endif %}" + TEMPLATE
+    with pytest.raises(ConfigError, match=r"refuses the conversation: too many turns"):
+        ChatSession(model, tokenizer).answer([*user("a"), {"role": "assistant", "content": "b"}, *user("c")])
+
+
 def test_bad_sampling_and_conversations_are_refused(model, tokenizer):
     for name, value in {"temperature": -1, "top_p": 0, "max_new_tokens": 0}.items():
         with pytest.raises(ConfigError, match=f"{name}={value} is outside"):
