@@ -1,0 +1,114 @@
+"""The Sylvester factor of a rotation on the card: out (+)= post * (I kron Sylvester_m) (pre * x) * scale, row by row.
+
+A Sylvester matrix of size m = a b is Sylvester_a kron Sylvester_b, so a row of m values seen as [a, b] is rotated by two
+small products, S_a X S_b, which tensor cores do while the row is read and written once. The signs of S are parities of
+i & j, made in registers. Values are multiplied as a high and a low 16-bit part: both products are exact to about 2^-17.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.hadamard import SMALLEST, remaining_scale, sides, split
+
+
+def rotate_segments(
+    x: torch.Tensor, pre: torch.Tensor | None, post: torch.Tensor | None, out: torch.Tensor, add: bool
+) -> torch.Tensor:
+    """For n = D m columns and m >= SMALLEST; pre and post are fp32 [n]. Returns out, [M, n] contiguous, which may be x."""
+    n = x.shape[1]
+    dense, m = split(n)
+    if x.stride(1) != 1 or not out.is_contiguous() or out.shape != x.shape:
+        raise ValueError(f"rotations need contiguous rows and an out of x's shape; got strides {x.stride()}, out {tuple(out.shape)}.")
+    a, b = sides(m)
+    segments = x.shape[0] * dense
+    # One product: a tile of 4096 values. Two: whole segments, several per program once they would fill the card anyway.
+    rows = max(SMALLEST, 4096 // m) if a == 1 else (4 if segments >= 2048 else 1)
+    warps = min(8, max(1, max(rows, a) * b // 1024)) if a == 1 else min(8, max(1, m // 1024))
+    _sylvester_kernel[(triton.cdiv(segments, rows),)](
+        x, out, x if pre is None else pre, x if post is None else post, segments, dense, x.stride(0), remaining_scale(n),
+        A=a, B=b, ROWS=rows, PRE=pre is not None, POST=post is not None, ADD=add, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _signs(SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """Sylvester_SIZE: [SIZE, SIZE] of +1 and -1. SIZE <= 256."""
+    i = tl.arange(0, SIZE)
+    v = i[:, None] & i[None, :]
+    v = v ^ (v >> 4)
+    v = v ^ (v >> 2)
+    v = v ^ (v >> 1)
+    return (1 - 2 * (v & 1)).to(DTYPE)
+
+
+@triton.jit
+def _right(v, s):
+    """v @ s in fp32. v: [R, B] fp32, split into two parts of s's dtype."""
+    if s.dtype == tl.float32:
+        return tl.dot(v, s, input_precision="ieee")
+    high = v.to(s.dtype)
+    low = (v - high.to(tl.float32)).to(s.dtype)
+    return tl.dot(low, s, tl.dot(high, s))
+
+
+@triton.jit
+def _left(s, v):
+    """s @ v in fp32. v: [A, C] fp32."""
+    if s.dtype == tl.float32:
+        return tl.dot(s, v, input_precision="ieee")
+    high = v.to(s.dtype)
+    low = (v - high.to(tl.float32)).to(s.dtype)
+    return tl.dot(s, low, tl.dot(s, high))
+
+
+@triton.jit
+def _rotated(
+    x_ptr, out_ptr, pre_ptr, post_ptr, source, target, vector, inside, scale, s_a, s_b,
+    PRE: tl.constexpr, POST: tl.constexpr, ADD: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    """One tile [R, B]: load at `source`, scale, rotate, store at `target`; `vector` indexes pre and post."""
+    v = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
+    if PRE:
+        v *= tl.load(pre_ptr + vector)
+    v = _right(v * scale, s_b)
+    if BOTH:
+        v = _left(s_a, v)
+    if POST:
+        v *= tl.load(post_ptr + vector)
+    if ADD:
+        v += tl.load(out_ptr + target, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + target, v.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sylvester_kernel(
+    x_ptr, out_ptr, pre_ptr, post_ptr, segments, dense, x_stride, scale,
+    A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr,
+    PRE: tl.constexpr, POST: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Segment g is columns (g % dense) * A * B.. of row g // dense. x: [rows, dense * A * B]."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    s_b = _signs(B, DTYPE)
+    column = tl.arange(0, B)[None, :]
+    first = tl.program_id(0) * ROWS
+    if A == 1:
+        segment = (first + tl.arange(0, ROWS))[:, None]  # tile [ROWS, B]
+        vector = segment % dense * B + column
+        source = (segment // dense).to(tl.int64) * x_stride + vector
+        target = segment.to(tl.int64) * B + column
+        inside = segment + column * 0 < segments
+        _rotated(x_ptr, out_ptr, pre_ptr, post_ptr, source, target, vector, inside, scale, s_b, s_b, PRE, POST, ADD, False)
+    else:
+        s_a = _signs(A, DTYPE)
+        inner = tl.arange(0, A)[:, None] * B + column  # tile [A, B]
+        for i in range(ROWS):
+            segment = first + i
+            vector = segment % dense * (A * B) + inner
+            source = (segment // dense).to(tl.int64) * x_stride + vector
+            target = segment.to(tl.int64) * (A * B) + inner
+            inside = segment + inner * 0 < segments
+            _rotated(x_ptr, out_ptr, pre_ptr, post_ptr, source, target, vector, inside, scale, s_a, s_b, PRE, POST, ADD, True)
