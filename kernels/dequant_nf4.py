@@ -20,8 +20,10 @@ def _block_scales(absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, blo
     if DOUBLE:
         code = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
         scale = tl.load(nested_map_ptr + code) * tl.load(nested_absmax_ptr + block // 256, mask=inside, other=0.0)
-        return scale + tl.load(offset_ptr)
-    return tl.load(absmax_ptr + block, mask=inside, other=0.0)
+        scale += tl.load(offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
+    return scale
 
 
 @triton.jit

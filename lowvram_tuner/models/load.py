@@ -106,9 +106,11 @@ def fill(
     fmt = _format(spec, dtype)
     held = _format(QuantSpec("none", 16), dtype) if plan.unpacked else fmt
     scratch = Scratch(_scratch_bytes(model, plan, dtype), device)
+    loaded = Loaded(model, source, spec, device, dtype, scratch, slabs=[], config=model.config)
+    _load_tables(loaded, weights, plan)  # first: the unpacked head is the largest single tensor, and nothing else is here yet
     layers = model.model.layers
     streamed = streamed_layers(len(layers), plan.streamed)
-    slabs: list[Slab] = []
+    slabs = loaded.slabs
     hosts: dict[int, torch.Tensor] = {}
     for index, layer in enumerate(layers):
         if progress:
@@ -120,7 +122,7 @@ def fill(
             slab.buffer.copy_(slabs[0].buffer)
         else:
             for name, linear in linears.items():
-                weight = _read(weights, f"model.layers.{index}.{name}.weight", (linear.out_features, linear.in_features))
+                weight = _read(weights, f"model.layers.{index}.{name}.weight", (linear.out_features, linear.in_features), device)
                 packed = fmt.quantize(weight.to(device=device, dtype=_source_dtype(weight, dtype)))
                 if held is not fmt:
                     packed = {"weight": fmt.dequantize(packed, torch.empty(weight.shape, dtype=dtype))}
@@ -129,9 +131,7 @@ def fill(
             hosts[index] = slab.buffer
         slabs.append(slab)
         _replace_linears(layer, linears, held, slab, scratch, weights, f"model.layers.{index}", device, dtype)
-    ring = _make_ring(layers, hosts, device) if hosts else None
-    loaded = Loaded(model, source, spec, device, dtype, scratch, slabs, ring, config=model.config)
-    _load_tables(loaded, weights, plan)
+    loaded.ring = _make_ring(layers, hosts, device) if hosts else None
     _load_small(model, weights, device, dtype)
     if progress:
         progress("loading layers", len(layers), len(layers))
@@ -150,9 +150,11 @@ def _source_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if weight.dtype == torch.float32 and dtype != torch.float32 else weight.dtype
 
 
-def _read(weights: Weights | None, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _read(weights: Weights | None, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
+    """A tensor of the checkpoint on the CPU, or without one a random one, made on `device` where that is faster."""
     if weights is None:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(len(name))).mul_(0.02)
+        generator = torch.Generator(device).manual_seed(len(name))
+        return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator)
     tensor = weights.read(name)
     if tuple(tensor.shape) != tuple(shape):
         raise ConfigError(f"tensor {name!r} has shape {tuple(tensor.shape)}, but the model's config asks for {tuple(shape)}.")
@@ -192,8 +194,8 @@ def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
     model, device, dtype = loaded.model, loaded.device, loaded.dtype
     embedding = model.model.embed_tokens
     shape = (embedding.num_embeddings, embedding.embedding_dim)
-    table = _read(weights, "model.embed_tokens.weight", shape).to(dtype)
-    table = table.pin_memory() if plan.embeddings_on_host and device.type == "cuda" else table.to(device)
+    table = _read(weights, "model.embed_tokens.weight", shape, device).to(dtype)
+    table = table.cpu().pin_memory() if plan.embeddings_on_host and device.type == "cuda" else table.to(device)
     embedding.weight = nn.Parameter(table, requires_grad=False)
     head = model.lm_head
     tied = model.config.tie_word_embeddings or (weights is not None and "lm_head.weight" not in weights.names())
@@ -202,7 +204,7 @@ def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
         return
     fmt = _format(resolve(plan.head_bits), dtype)
     slab = make_slab({"lm_head": fmt.layout(*shape)}, device)
-    weight = _read(weights, "lm_head.weight", shape)
+    weight = _read(weights, "lm_head.weight", shape, device)
     _store(fmt.quantize(weight.to(device=device, dtype=dtype)), slab.views["lm_head"])
     loaded.head = QuantLinear(shape[1], shape[0], fmt)
     loaded.head.bind(slab.views["lm_head"], loaded.scratch)

@@ -1,0 +1,135 @@
+"""What one micro-batch costs: memory, time, kernels. The measurement behind the README's tables and `bench`.
+
+`random_weights` gives the model its real shape and layout with random contents, so that a 65B can be measured without one.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowvram_tuner.config import TrainConfig
+from lowvram_tuner.hardware.card import read_card
+from lowvram_tuner.hardware.ram import read_ram
+from lowvram_tuner.lora.adapter import attach
+from lowvram_tuner.memory.plan import GB, Budget, Plan, plan_run
+from lowvram_tuner.models.catalogue import shape_of
+from lowvram_tuner.models.load import Loaded, config_values, load_model, random_model
+from lowvram_tuner.models.precision import pick_device, pick_dtype
+from lowvram_tuner.quant.registry import resolve
+from lowvram_tuner.train.graph import CapturedStep
+from lowvram_tuner.train.optimizer import Optimizer
+from lowvram_tuner.train.step import FusedStep, to_batch
+
+
+def bench(config: TrainConfig, steps: int = 10, random_weights: bool = False, captured: bool = True) -> dict[str, Any]:
+    """Trains `steps` micro-batches of random tokens at full length, every position a target. Returns `bench`'s JSON keys."""
+    device = pick_device()
+    used_before = _used_bytes()
+    plan = plan_run(config, shape_of(config.model), Budget.of(config, read_card(), read_ram()))
+    _cap(device, plan)
+    started = time.perf_counter()
+    loaded = _load(config, plan, device, random_weights)
+    _synchronize(device)
+    load_s, load_peak = time.perf_counter() - started, _peak(device)
+    adapter = attach(loaded.model, config, device, loaded.dtype)
+    optimizer = Optimizer(adapter, config, plan.optimizer_bits, plan.optimizer_on_host)
+    tokens = config.micro_batch_size * config.max_seq_length
+    step = CapturedStep(FusedStep(loaded, adapter, plan, tokens), device)
+    step.enabled = step.enabled and captured
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    times, losses, process = [], [], 0
+    vocabulary = min(shape_of(config.model).vocab_size, 30000)
+    for index in range(steps + 3):
+        batch = _random_batch(config, vocabulary, index, device)
+        _synchronize(device)
+        begin = time.perf_counter()
+        loss = step.accumulate(batch, optimizer.loss_scale / tokens)
+        optimizer.step(config.learning_rate)
+        _synchronize(device)
+        times.append(time.perf_counter() - begin)
+        losses.append(float(loss) / batch.labels.ge(0).sum().item())
+        process = max(process, _used_bytes() - used_before)
+    step_s = statistics.median(times[3:])
+    gpu_ms, kernels, top = _profile(device, lambda: (step.accumulate(batch, 1.0 / tokens), optimizer.step(0.0)))
+    return {
+        "peak_allocated_gb": _peak(device) / GB,
+        "peak_reserved_gb": torch.cuda.max_memory_reserved() / GB if device.type == "cuda" else 0.0,
+        "process_gb": process / GB,
+        "predicted_peak_gb": plan.allocated_bytes / GB,
+        "step_ms": step_s * 1e3,
+        "tokens_per_s": tokens / step_s,
+        "gpu_ms": gpu_ms,
+        "kernels": kernels,
+        "load_s": load_s,
+        "load_peak_gb": load_peak / GB,
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "captured": bool(step.graphs),
+        "top_kernels": top,
+        "plan": plan.to_dict() | {"components": plan.components, "fits": plan.fits, "step_s": plan.step_s},
+    }
+
+
+def _load(config: TrainConfig, plan: Plan, device: torch.device, random_weights: bool) -> Loaded:
+    spec, dtype = resolve(config.bits, config.method, group_size=config.group_size), pick_dtype(device, config.precision)
+    if random_weights:
+        return random_model(config_values(config), spec, plan, device, dtype)
+    return load_model(config.model, spec, plan, device, dtype)
+
+
+def _random_batch(config: TrainConfig, vocabulary: int, index: int, device: torch.device):
+    """A full micro-batch: every row one example of the whole length."""
+    rows, length = config.micro_batch_size, config.max_seq_length
+    ids = np.random.default_rng(index).integers(5, vocabulary, rows * length)
+    labels = np.where(np.arange(rows * length) % length == length - 1, -100, np.roll(ids, -1))
+    flat = SimpleNamespace(
+        input_ids=ids, labels=labels, position_ids=np.tile(np.arange(length), rows),
+        cu_seqlens=np.arange(0, rows * length + 1, length, dtype=np.int32),
+    )  # fmt: skip
+    return to_batch(flat, device, length)
+
+
+def _profile(device: torch.device, run: Any) -> tuple[float, int, list[str]]:
+    """GPU milliseconds and kernels of one step, and where most of the time goes."""
+    if device.type != "cuda":
+        return 0.0, 0, []
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        run()
+        torch.cuda.synchronize()
+    rows = [r for r in trace.key_averages() if r.self_device_time_total > 0]
+    rows.sort(key=lambda r: -r.self_device_time_total)
+    top = [f"{r.self_device_time_total / 1e3:.2f} ms x{r.count} {r.key[:80]}" for r in rows[:25]]
+    return sum(r.self_device_time_total for r in rows) / 1e3, sum(r.count for r in rows), top
+
+
+def _cap(device: torch.device, plan: Plan) -> None:
+    """Caps the allocator at the budget, so that a run over its plan fails here instead of spilling."""
+    if device.type == "cuda" and plan.budget.limit_bytes:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.budget.limit_bytes / total), device)
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _used_bytes() -> int:
+    card = read_card()
+    return card.used_bytes if card else 0
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,66 @@
+"""Replaying a micro-batch as one CUDA graph: thousands of launches become one.
+
+At batch 1 the launches of a step take longer than its arithmetic (ANCHORS: the best peer's card is busy 83 of 325 ms).
+A graph needs fixed shapes and addresses, so there is one per shape of a micro-batch, fed through static input tensors. All
+graphs share one memory pool, since only one runs at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from lowvram_tuner.train.step import Batch, FusedStep
+
+log = logging.getLogger(__name__)
+
+
+class CapturedStep:
+    """`FusedStep.accumulate` with graphs. A shape is run eagerly once, then captured; a failed capture stays eager."""
+
+    def __init__(self, step: FusedStep, device: torch.device, limit: int = 24) -> None:
+        self.step, self.limit = step, limit
+        self.enabled = device.type == "cuda"
+        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
+        self.seen: set[tuple[int, ...]] = set()
+        self.scale = torch.ones((), device=device)
+        self.pool = None
+
+    def accumulate(self, batch: Batch, scale: float) -> torch.Tensor:
+        """Adds scale x the gradient of the summed loss. Returns the sum of losses; valid until the next call."""
+        self.scale.fill_(scale)
+        key = tuple(t.numel() for t in batch.tensors()) + (batch.max_len,)
+        if key in self.graphs:
+            return self._replay(key, batch)
+        if not self.enabled or key not in self.seen or len(self.graphs) >= self.limit:
+            self.seen.add(key)
+            return self.step.accumulate(batch, self.scale)
+        return self._capture(key, batch)
+
+    def _replay(self, key: tuple[int, ...], batch: Batch) -> torch.Tensor:
+        graph, static, loss = self.graphs[key]
+        for target, source in zip(static.tensors(), batch.tensors()):
+            target.copy_(source)
+        graph.replay()
+        return loss
+
+    def _capture(self, key: tuple[int, ...], batch: Batch) -> torch.Tensor:
+        """Capturing records the pass without running it, so it is replayed right after."""
+        static = Batch(*[t.clone() for t in batch.tensors()], max_len=batch.max_len)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the eager pass's blocks would otherwise stand beside the graph's pool
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                loss = self.step.accumulate(static, self.scale)
+        except RuntimeError as error:
+            log.warning("this step cannot be captured as a CUDA graph (%s); it runs eagerly.", str(error).splitlines()[0])
+            self.enabled = False
+            torch.cuda.synchronize()
+            if self.step.ring is not None:
+                self.step.ring.reset()
+            return self.step.accumulate(batch, self.scale)
+        self.pool = self.pool or graph.pool()
+        self.graphs[key] = (graph, static, loss)
+        return self._replay(key, batch)
