@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from lowvram_tuner.config import ConfigError
-from lowvram_tuner.train.files import read_json, write_json
+from lowvram_tuner.train.files import patiently, read_json, write_json
 
 PATIENCE_SECONDS = 0.5  # others hold the lock for microseconds when they look whether it is free
 NOTE_TRIES = 20
@@ -64,7 +64,7 @@ class WorkerLock:
 
     def release(self) -> None:
         if self._handle >= 0:
-            (self.root / ".active.json").unlink(missing_ok=True)
+            _forget(self.root / ".active.json")
             _unlock(self._handle)
             os.close(self._handle)
             self._handle = -1
@@ -87,7 +87,7 @@ def take(root: Path | str, kind: str, run: str | None = None) -> WorkerLock:
             raise Busy(holder(root) or UNKNOWN)
         time.sleep(0.01)
     me = Holder(kind, run, os.getpid())
-    (root / ".leave.json").unlink(missing_ok=True)
+    _forget(root / ".leave.json")
     write_json(root / ".active.json", asdict(me))
     return WorkerLock(root, handle, me)
 
@@ -123,6 +123,10 @@ def if_free(root: Path | str) -> Iterator[bool]:
             _unlock(handle)
     finally:
         os.close(handle)
+
+
+def _forget(note: Path) -> None:
+    patiently(lambda: note.unlink(missing_ok=True))
 
 
 def _read_holder(root: Path) -> Holder | None:

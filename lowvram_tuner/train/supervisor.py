@@ -163,6 +163,13 @@ def _bury(run: RunDir, code: int | None) -> None:
     """Writes the last word for a worker that could not. The caller keeps the lock from being taken."""
     if not run.path.is_dir() or run.state()["status"] not in ACTIVE:
         return
+    try:
+        _write_last_word(run, code)
+    except OSError as error:  # the disk that ended the run is still full: the next look tries again
+        print(f"{run.path / 'state.json'} cannot be written: {error}", file=sys.stderr)
+
+
+def _write_last_word(run: RunDir, code: int | None) -> None:
     done = steps(run.checkpoints)
     onward = f"Resume goes on from step {done[-1]}." if done else "There is no checkpoint yet: resuming starts over."
     reporter = Reporter(run)

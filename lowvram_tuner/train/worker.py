@@ -71,7 +71,10 @@ def conduct(run: RunDir, reporter: Reporter, resume: bool, training: Training | 
         raise
     except Exception as error:
         failure = explain(error)
-        reporter.failed(failure.what, failure.fix)
+        try:
+            reporter.failed(failure.what, failure.fix)
+        except OSError as full:  # the same full disk: the supervisor says it once there is room
+            print(f"{run.path / 'state.json'} cannot be written: {full}", file=sys.stderr)
         raise
 
 

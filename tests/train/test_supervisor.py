@@ -254,6 +254,22 @@ def test_a_dead_run_is_buried_while_another_one_is_at_work(supervisor, root):
     supervisor.stop(force=True)
 
 
+def test_a_full_disk_does_not_end_the_page_and_the_run_is_buried_later(root, monkeypatch, capsys):
+    dead = RunDir.create(root, config("quick"))
+    dead.write_state({**dead.state(), "status": "training", "pid": 2**22 + 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(RunDir, "write_state", full)
+        supervisor = Supervisor(root, FAKE)
+    assert "No space left on device" in capsys.readouterr().err
+    assert dead.state()["status"] == "training"
+    supervisor.runs()
+    assert dead.state()["status"] == "failed"
+
+
 def test_a_start_waits_for_a_run_that_has_said_its_last_word(root):
     run = RunDir.create(root, config("quick"))
     lock = take(root, "train", run.id)

@@ -56,6 +56,20 @@ def test_a_damaged_config_fails_in_words(run):
     assert run.state()["status"] == "failed"
 
 
+def test_a_disk_full_even_for_the_state_still_tells_the_first_error(run, monkeypatch, capsys):
+    def training(config, where, reporter, resume):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(RunDir, "write_state", full)
+        reporter.status("saving", "Saving.")
+
+    with pytest.raises(OSError, match="No space left"):
+        work(run, training)
+    assert "state.json cannot be written" in capsys.readouterr().err
+    assert run.events()[0][-1]["message"] == "The disk is full."
+
+
 @posix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["terminate", "interrupt"])
 def test_a_signal_asks_the_run_to_save_and_end(run, number):
