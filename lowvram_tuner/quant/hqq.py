@@ -8,7 +8,6 @@ axis 1 (what this project makes) cuts the row-major values into runs of group_si
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from lowvram_tuner.quant.grouped import GroupedFormat, finite

@@ -1,152 +1,185 @@
-"""OPTQ, the rounding of GPTQ (https://arxiv.org/abs/2210.17323).
+"""OPTQ, the rounding of GPTQ (https://arxiv.org/abs/2210.17323), with scales searched for the error that it leaves.
 
-    minimize tr((W - Q) H (W - Q).T) over Q on the grid      H = mean of x x.T over calibration inputs
+    minimize tr((W - Q) H (W - Q).T) over Q on the grid        H = mean of x x.T over calibration inputs
 
-Columns are rounded one after the other; the error of each is pushed into the columns not yet rounded, through the
-Cholesky factor U of the inverse Hessian (H + damping)^-1 = U.T U:
+Columns are rounded one after the other, those with the largest H[i, i] first; the error of each is pushed into the columns
+not yet rounded, through the Cholesky factor U of the inverse Hessian, U.T U = (H + damping)^-1:
 
-    q_i = round(w_i),   W[:, i:] -= (w_i - q_i) / U[i, i] * U[i, i:]
+    e_i = (w_i - q_i) / U[i, i],    W[:, i:] -= e_i U[i, i:]
+
+The objective then equals sum e_i^2: a column's squared error, at the moment it is rounded, times 1 / U[i, i]^2. A group's
+scale and zero are searched for exactly that, first on W, then on the columns as they were when the first pass rounded them.
+Groups stay in column order (no g_idx) unless desc_act asks for groups in the order of rounding. Last, codes are revisited:
+each is set to the best one given all others (coordinate descent), a few times over.
+
+Measured on linears of a 135M model in groups of 64, the error left: with scales searched for the plain squared error 1; for
+1 / U[i, i]^2 0.96 (4 bits) to 0.86 (2 bits); searched a second time 0.95 to 0.83; codes revisited four times 0.90 to 0.79.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+import torch.nn.functional as F
 
 from lowvram_tuner.quant.spec import QuantError
 
-BLOCK = 128
-DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
+if TYPE_CHECKING:
+    from lowvram_tuner.quant.spec import QuantSpec
+
+BLOCK = 128  # columns rounded before their errors reach the rest
+DAMPING = 0.01  # of H's mean diagonal
+PASSES = 2
+REVISITS = 4
+SHRINKS = torch.linspace(1.0, 0.3, 60).tolist()  # a scale is tried at these shares of the group's range
+SMALLEST = 2.0**-20  # a scale below it would lose its digits in fp16
+SEARCH_CHUNK = 1 << 24  # values searched at a time
+
+Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class Options:
-    damp = 0.01
-    order = True
-    static = True
-    mse = "hdiag"   # none, plain, hdiag
-    norm = 2.0
-    refit = 1
-    grid = 80
-    shrink = 0.8
-O = Options()
+def nearest(weight: torch.Tensor, spec: QuantSpec, size: int) -> Codes:
+    """Round to nearest without data. weight: fp32 [out, in], finite.
+
+    Returns (codes uint8 [out, in], scales fp32 [out, groups], zeros fp32 [out, groups], g_idx [in]).
+    """
+    g_idx = torch.arange(weight.shape[1], device=weight.device) // size
+    scales, zeros = search(weight, torch.ones_like(weight[0]), spec, size)
+    codes = _codes(weight, scales[:, g_idx], zeros[:, g_idx], spec.bits)
+    return codes.to(torch.uint8), scales, zeros, g_idx
 
 
-def nearest(weight, spec, size):
-    g = size
-    out, cols = weight.shape
-    groups = _grouped(weight, g)
-    s, z = search(groups, spec, None)
-    q = torch.round(groups / s[..., None] + z[..., None]).clamp_(0, 2**spec.bits - 1)
-    return q.reshape(out, -1)[:, :cols].to(torch.uint8), s, z, torch.arange(cols) // g
+def solve(weight: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, size: int) -> Codes:
+    """Rounds by OPTQ. weight: fp32 [out, in], finite; hessian: fp32 [in, in]. Returns as `nearest` does.
+
+    Raises QuantError when H holds inf or nan, or H + damping is not positive definite.
+    """
+    damped, order, upper, dead = _factor(hessian)
+    back = torch.argsort(order)
+    w = weight.masked_fill(dead, 0.0)  # a column whose input is always zero may be anything
+    importance = 1 / upper.diagonal().square()
+    if spec.desc_act:  # groups of columns that are rounded together: the whole problem in permuted columns
+        grouped, importance_of, g_idx = w[:, order], importance, (torch.arange(len(order), device=w.device) // size)[back]
+    else:
+        grouped, importance_of, g_idx = w, importance[back], torch.arange(len(order), device=w.device) // size
+    for _ in range(PASSES):
+        scales, zeros = search(grouped, importance_of, spec, size)
+        codes, seen = _round(w[:, order], upper, scales[:, g_idx[order]], zeros[:, g_idx[order]], spec.bits)
+        grouped = seen if spec.desc_act else seen[:, back]
+    codes = _revisit(w, damped, codes[:, back], scales[:, g_idx], zeros[:, g_idx], spec.bits)
+    return codes.to(torch.uint8), scales, zeros, g_idx
 
 
-def _grouped(w, size):
-    return torch.nn.functional.pad(w, (0, -w.shape[1] % size)).unflatten(1, (-1, size))
+def search(weight: torch.Tensor, importance: torch.Tensor, spec: QuantSpec, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros [out, groups] with the least sum over a group's columns of importance * (w - q)^2.
+
+    weight: fp32 [out, in]; importance: fp32 [in]. Scales are fp16 values (or of spec.scale_dtype), in fp32.
+    """
+    rows = max(1, SEARCH_CHUNK // weight.shape[1])
+    weights = _grouped(importance.unsqueeze(0), size)
+    found = [_search(_grouped(part, size), weights, spec) for part in weight.split(rows)]
+    return torch.cat([s for s, _ in found]), torch.cat([z for _, z in found])
 
 
-def search(groups, spec, weights):
-    """groups [out, G, size] -> scales, zeros [out, G]."""
+def _search(groups: torch.Tensor, weights: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """groups: [rows, groups, size]; weights: [1, groups, size]."""
     top = 2**spec.bits - 1
-    lo, hi = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
+    low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
     if spec.sym:
-        hi = torch.maximum(hi, -lo); lo = -hi
+        high = torch.maximum(high, -low)
+        low = -high
     best = None
-    shrinks = [1.0] if O.mse == "none" else [1 - O.shrink * i / O.grid for i in range(O.grid)]
-    for p in shrinks:
-        s = ((hi - lo) * p / top)
-        s = torch.where(s == 0, 1.0, s).clamp_(min=2.0**-20).half().float()
-        zs = [torch.full_like(s, (top + 1) // 2)] if spec.sym else [torch.round(-lo * p / s).clamp_(0, top)]
-        for z in zs:
-            e = (torch.round(groups / s[..., None] + z[..., None]).clamp_(0, top) - z[..., None]) * s[..., None] - groups
-            e = e.abs().pow_(O.norm) if O.norm != 2 else e.square_()
-            if weights is not None: e *= weights
-            e = e.sum(-1)
-            if best is None: best = e.clone(), s.clone(), z.clone()
+    for shrink in SHRINKS:
+        scale = _storable((high - low) * (shrink / top), spec)
+        for zero in _zeros(low, high, shrink, scale, spec.sym, top):
+            q = _codes(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), spec.bits)
+            error = q.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).sub_(groups).square_().mul_(weights).sum(-1)
+            if best is None:
+                best = error, scale, zero
             else:
-                m = e < best[0]
-                best = torch.where(m, e, best[0]), torch.where(m, s, best[1]), torch.where(m, z, best[2])
+                better = error < best[0]
+                best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best))
     return best[1], best[2]
 
 
-def solve(weight, hessian, spec, size):
-    w = weight.clone(); h = hessian.float().clone()
-    out, cols = w.shape
-    d = h.diagonal()
-    dead = d == 0
-    d[dead] = 1; w[:, dead] = 0
-    mean = d.mean()
-    hd = h.clone()
-    d += O.damp * mean
-    hd.diagonal().add_(O.damp * mean)
-    perm = torch.argsort(d, descending=True) if O.order else torch.arange(cols)
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h[perm][:, perm])), upper=True)
-    g_of = torch.arange(cols) // size
-    hw = None if O.mse == "plain" else _grouped(hd.diagonal()[None], size)
-    s, z = search(_grouped(w, size), spec, hw)
-    for it in range(O.refit + 1):
-        q = _pass(w, U, perm, s, z, g_of, spec, size, dynamic=(not O.static and it == 0), hw=hd.diagonal())
-        if O.static is False and it == 0:
-            q, s, z = q
-        if it < O.refit:
-            s = refit(w, hd, q, s, z, g_of)
-    return q.to(torch.uint8), s, z, g_of
+def _zeros(low, high, shrink: float, scale, sym: bool, top: int) -> list[torch.Tensor]:
+    """The zero points worth trying: 0 of the range kept at its share, and the range's middle put at the codes' middle."""
+    if sym:
+        return [torch.full_like(scale, (top + 1) // 2)]
+    middle = top / 2 - (low + high) / (2 * scale)
+    tried = (torch.round(-low * shrink / scale), torch.floor(middle), torch.ceil(middle))
+    return [zero.clamp_(0, top) for zero in tried]
 
 
-def _pass(w, U, perm, s, z, g_of, spec, size, dynamic=False, hw=None):
-    top = 2**spec.bits - 1
-    wp = w[:, perm].t().contiguous()
-    S, Z = s.t()[g_of[perm]].contiguous(), z.t()[g_of[perm]].contiguous()
-    Q = torch.empty_like(wp)
-    cols = len(wp)
-    E = torch.empty(BLOCK, wp.shape[1])
-    for b in range(0, cols, BLOCK):
-        e = min(b + BLOCK, cols)
-        for i in range(b, e):
-            if dynamic and i % size == 0:
-                f = i + size
-                blk = wp[i:f].clone()
-                if f > e:
-                    blk[e - i:] -= U[b:i, e:f].t() @ E[: i - b] if i > b else 0
-                ss, zz = search(blk.t()[:, None, :], spec, hw[i:f] if O.mse == "hdiag" else None)
-                S[i:f] = ss.t(); Z[i:f] = zz.t()
-            q = torch.round(wp[i] / S[i] + Z[i]).clamp_(0, top)
-            Q[i] = q
-            err = (wp[i] - (q - Z[i]) * S[i]) / U[i, i]
-            E[i - b] = err
-            if i + 1 < e:
-                wp[i + 1 : e] -= U[i, i + 1 : e, None] * err
-        if e < cols:
-            wp[e:] -= U[b:e, e:].t() @ E[: e - b]
-    inv = torch.argsort(perm)
-    if dynamic:
-        return Q[inv].t().contiguous(), S[::size].t().contiguous(), Z[::size].t().contiguous()
-    return Q[inv].t().contiguous()
+def _storable(scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """The scale as it is stored, in fp32; 1 for a group of zeros."""
+    scale = torch.where(scale == 0, 1.0, scale).clamp_(min=SMALLEST)
+    stored = scale.to(getattr(torch, spec.scale_dtype)).float()
+    if not stored.isfinite().all():
+        raise QuantError(f"a weight needs the scale {float(scale.max()):.3g}, which {spec.scale_dtype} cannot hold; use bits=16.")
+    return stored
 
 
-def refit(w, h, q, s, z, g_of):
-    """Scales minimizing (w - sum_g s_g c_g) H (...)."""
-    out, cols = w.shape
-    G = s.shape[1]
-    c = q - z[:, g_of]
-    size = -(-cols // G)
-    res = s.clone()
-    wh = w @ h
-    onehot = torch.nn.functional.one_hot(g_of, G).float()
-    b = (wh * c) @ onehot
-    for r in range(0, out, 16):
-        cc = c[r : r + 16]
-        m = cc[:, :, None] * onehot  # [R, cols, G]
-        hm = torch.einsum("ij,rjg->rig", h, m)
-        A = torch.einsum("rih,rig->rhg", m, hm)
-        A = 0.5 * (A + A.mT)
-        dg = A.diagonal(dim1=-2, dim2=-1)
-        reg = 1e-3 * dg.mean(-1, keepdim=True)
-        A = A + torch.diag_embed(reg.expand(-1, G))
-        bb = b[r : r + 16] + reg * s[r : r + 16]
-        res[r : r + 16] = torch.linalg.solve(A, bb)
-    res = torch.where((res > 0.3 * s) & (res < 3 * s), res, s)
-    return res.half().float()
+def _factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(damped H [in, in], order of rounding [in], U in that order [in, in], columns without input [in])."""
+    h = hessian.float().clone()
+    if not h.isfinite().all():
+        raise QuantError("the calibration inputs hold inf or nan; use other calibration text or a wider precision.")
+    diagonal = h.diagonal()
+    dead = diagonal == 0
+    diagonal.copy_(torch.where(dead, 1.0, diagonal) + DAMPING * diagonal.mean())
+    order = torch.argsort(diagonal, descending=True)
+    lower, failed = torch.linalg.cholesky_ex(h[order][:, order])
+    upper = lower
+    if not int(failed):
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if int(failed) or not upper.diagonal().isfinite().all():
+        raise QuantError("the Hessian of the calibration inputs is not positive definite; it needs more damping.")
+    return h, order, upper, dead
 
 
-def loss(w, q, s, z, g_of, h):
-    d = w - (q.float() - z[:, g_of]) * s[:, g_of]
-    return float(torch.einsum("oi,ij,oj->", d, h, d) / torch.einsum("oi,ij,oj->", w, h, w))
+def _round(w: torch.Tensor, upper: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int):
+    """One pass over the columns of w [out, in], each with its scale and zero. Returns (codes, columns as they were rounded)."""
+    left, s, z = (t.t().contiguous() for t in (w, scales, zeros))  # [in, out]: a column is contiguous
+    codes, seen = torch.empty_like(left), torch.empty_like(left)
+    for start in range(0, len(left), BLOCK):
+        stop = min(start + BLOCK, len(left))
+        errors = torch.empty_like(left[start:stop])
+        for i in range(start, stop):
+            seen[i] = left[i]
+            codes[i] = _codes(left[i], s[i], z[i], bits)
+            errors[i - start] = (left[i] - (codes[i] - z[i]) * s[i]) / upper[i, i]
+            left[i + 1 : stop].addr_(upper[i, i + 1 : stop], errors[i - start], alpha=-1)
+        left[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    return codes.t(), seen.t()
+
+
+def _revisit(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """Coordinate descent on tr(D H D.T), D = W - Q. scales and zeros: [out, in], of each column. Returns the codes [out, in].
+
+    With all other columns fixed the best value of column i is w_i - (d_i - (D H)_i / H[i, i]).
+    """
+    w, s, z, q = (t.t().contiguous() for t in (w, scales, zeros, codes))  # [in, out]
+    d = w - (q - z) * s
+    for _ in range(REVISITS):
+        slope = h @ d
+        for start in range(0, len(w), BLOCK):
+            stop = min(start + BLOCK, len(w))
+            before, inner = d[start:stop].clone(), slope[start:stop]
+            for i in range(start, stop):
+                q[i] = _codes(w[i] - d[i] + inner[i - start] / h[i, i], s[i], z[i], bits)
+                moved = w[i] - (q[i] - z[i]) * s[i] - d[i]
+                d[i] += moved
+                inner.addr_(h[start:stop, i], moved)
+            slope[stop:].addmm_(h[stop:, start:stop], d[start:stop] - before)
+    return q.t()
+
+
+def _codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    return (w / scale).add_(zero).round_().clamp_(0, 2**bits - 1)
+
+
+def _grouped(w: torch.Tensor, size: int) -> torch.Tensor:
+    """[rows, in] as [rows, groups, size]; a last part of a group is filled with zeros, which cost no error."""
+    return F.pad(w, (0, -w.shape[1] % size)).unflatten(1, (-1, size))
