@@ -6,6 +6,7 @@ Preparing a run and showing a row in the preview go through the same `Encoder`, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,7 @@ from lowvram_tuner.data.report import RowError
 from lowvram_tuner.data.templates import Messages, Template
 
 _BREAKS = ("\n\n", "\n", ". ", " ")  # where a long text is best cut: paragraph, line, sentence, word
-_EARLIEST = 0.25  # a break counts from this share of a full piece on, so that pieces do not become tiny
+_EARLIEST = 0.5  # a break counts from this share of a full piece on, so that pieces do not become small
 
 
 @dataclass
@@ -36,16 +37,36 @@ class Encoded:
     error: RowError | None = None
 
 
+@dataclass
+class Batch:
+    """Samples on their way: rendered, and being tokenized."""
+
+    samples: Sequence[Sample]
+    rows: list[Encoded]
+    chats: list[tuple[int, Messages, str | RowError]]  # sample, its messages as the template takes them, its skeleton
+    texts: dict[int, str]  # by sample
+    encodings: Future
+
+
 class Encoder:
-    """Turns samples into examples of at most `config.max_seq_length` tokens, a batch at a time."""
+    """Turns samples into examples of at most `config.max_seq_length` tokens, a batch at a time.
+
+    Tokenizing runs in a thread of its own, in Rust and without Python's lock, so that one batch is tokenized while the next is
+    rendered: `start` a batch, `start` the next, `finish` the first.
+    """
 
     def __init__(self, template: Template, config: TrainConfig) -> None:
         self.template = template
         self.limit = config.max_seq_length
         self.everything = config.train_on == "everything"
+        self._thread = ThreadPoolExecutor(1)
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
         """One `Encoded` per sample, in order."""
+        return self.finish(self.start(samples))
+
+    def start(self, samples: Sequence[Sample]) -> Batch:
+        """Renders samples and hands them to the tokenizer."""
         rows = [Encoded(notes=list(sample.notes)) for sample in samples]
         chats: list[tuple[int, Messages]] = []
         for k, sample in enumerate(samples):
@@ -55,25 +76,31 @@ class Encoder:
                 chats.append((k, self._fitted(sample, rows[k])))
             except RowError as error:
                 rows[k].error = error
-        texts = self._rendered([(messages, samples[k].tools) for k, messages in chats])
-        skeletons = self._skeletons([(messages, samples[k].tools) for k, messages in chats], [samples[k] for k, _ in chats])
-        parts: dict[int, str] = {k: s.text for k, s in enumerate(samples) if s.messages is None}
-        for (k, messages), text in zip(chats, texts):
+        rendered = self.template.render_all([(messages, samples[k].tools) for k, messages in chats])
+        skeletons = self._skeletons([(messages, samples[k]) for k, messages in chats])
+        texts = {k: s.text for k, s in enumerate(samples) if s.messages is None}
+        for (k, messages), text in zip(chats, rendered):
             try:
-                if isinstance(text, RowError):
-                    raise text
-                self._all_written(messages, check_text(text, "the conversation"))
-                parts[k] = text
+                texts[k] = self._checked(messages, text)
             except RowError as error:
                 rows[k].error = error
-        encodings = dict(zip(parts, self.template.encode(list(parts.values()))))
-        for (k, messages), skeleton in zip(chats, skeletons):
-            if rows[k].error is None:
-                self._chat(rows[k], samples[k], messages, parts[k], encodings[k], skeleton)
-        for k, sample in enumerate(samples):
+        encodings = self._thread.submit(self.template.encode, list(texts.values()))
+        return Batch(samples, rows, [(k, m, s) for (k, m), s in zip(chats, skeletons)], texts, encodings)
+
+    def finish(self, batch: Batch) -> list[Encoded]:
+        """Waits for the tokens of a batch, masks and cuts them."""
+        encodings = dict(zip(batch.texts, batch.encodings.result()))
+        for k, messages, skeleton in batch.chats:
+            if batch.rows[k].error is None:
+                self._chat(batch.rows[k], batch.samples[k], messages, batch.texts[k], encodings[k], skeleton)
+        for k, sample in enumerate(batch.samples):
             if sample.messages is None:
-                self._text(rows[k], sample, encodings[k])
-        return rows
+                self._text(batch.rows[k], sample, encodings[k])
+        return batch.rows
+
+    def close(self) -> None:
+        """Ends the tokenizer's thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _fitted(self, sample: Sample, row: Encoded) -> Messages:
         """The messages as the template takes them. Raises RowError where it would leave something out."""
@@ -84,20 +111,20 @@ class Encoder:
             raise RowError("template", "the model's chat template has no place for tool calls")
         return messages
 
-    def _rendered(self, chats: list) -> list[str | RowError]:
-        return self.template.render_all(chats)
-
-    def _skeletons(self, chats: list, samples: list[Sample]) -> list[str | RowError]:
-        """Renderings with marks for answers, for the rows that need masks."""
-        if self.everything and all(all(s.weights) for s in samples):
+    def _skeletons(self, chats: list[tuple[Messages, Sample]]) -> list[str | RowError]:
+        """Renderings with marks for answers, where masks are needed."""
+        if self.everything and all(all(sample.weights) for _, sample in chats):
             return [""] * len(chats)
-        return self.template.render_all([(marked(messages), tools) for messages, tools in chats])
+        return self.template.render_all([(marked(messages), sample.tools) for messages, sample in chats])
 
-    def _all_written(self, messages: Messages, text: str) -> None:
-        """RowError where the template leaves a message out (a tool's answer, a second system prompt)."""
+    def _checked(self, messages: Messages, text: str | RowError) -> str:
+        """The rendered text. RowError where it is none, cannot be tokenized, or lacks a message (a tool's answer, say)."""
+        if isinstance(text, RowError):
+            raise text
         for number, message in enumerate(messages, 1):
             if message["role"] != "assistant" and message["content"].strip() not in text:
                 raise RowError("template", f"the model's chat template leaves out or alters message {number} ({message['role']})")
+        return check_text(text, "the conversation")
 
     def _chat(self, row: Encoded, sample: Sample, messages: Messages, text: str, encoding, skeleton) -> None:
         weights = [w for w, m in zip(sample.weights[len(sample.weights) - len(messages) :], messages) if m["role"] == "assistant"]
@@ -113,10 +140,15 @@ class Encoder:
             row.notes.append(("no_end", "an answer has no end-of-turn token behind it; the model may not learn to stop"))
         if masked.resplit:
             row.notes.append(("resplit", "an answer begins with white space that would join the prompt's last token; kept apart"))
-        token = self.template.control_token("".join(m["content"] for m in messages))
-        if token:
-            row.notes.append(("control", f"the text spells the control token {token}; the model reads it as one"))
+        self._look(row, "".join(m["content"] for m in messages))
         self._cut_chat(row)
+
+    def _look(self, row: Encoded, text: str) -> None:
+        """Notes what the model will not read as it stands."""
+        if token := self.template.control_token(text):
+            row.notes.append(("control", f"the text spells the control token {token}; the model reads it as one"))
+        if lost := self.template.lost_character(text):
+            row.notes.append(("lost", f"the model's tokenizer has no token for U+{ord(lost):04X}; it is lost"))
 
     def _cut_chat(self, row: Encoded) -> None:
         ids, trained = row.ids, row.trained
@@ -155,9 +187,7 @@ class Encoder:
             row.error = RowError("too_short", "the text is a single token, from which nothing can be learned")
         elif len(cuts) > 1:
             row.notes.append(("split", f"the text has {len(row.ids)} tokens; it is split into {len(cuts)} examples"))
-        token = self.template.control_token(sample.text)
-        if token:
-            row.notes.append(("control", f"the text spells the control token {token}; the model reads it as one"))
+        self._look(row, sample.text)
 
 
 def cut_text(text: str, encoding, limit: int) -> list[tuple[int, int]]:

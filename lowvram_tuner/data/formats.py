@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowvram_tuner.data.chats import read_chat, read_tools
+from lowvram_tuner.data.readers import GOES_ON
 from lowvram_tuner.data.report import DataError, RowError
 
 # For each role the column names that mean it, the likeliest first.
@@ -71,7 +72,7 @@ def mapping(columns: Iterable[str]) -> dict[str, str]:
 
 def detect(rows: list[dict[str, Any]], given: dict[str, str], file: str) -> Layout:
     """The layout of a file from some of its first rows. Raises DataError that names the columns when none fits."""
-    columns = tuple(dict.fromkeys(str(name) for row in rows for name in row))
+    columns = tuple(dict.fromkeys(str(name) for row in rows for name in row if name != GOES_ON))
     for role, column in given.items():
         if column not in columns:
             raise DataError(f"{file} has no column {column!r} for {role}; its columns are {', '.join(columns)}.")
@@ -133,7 +134,7 @@ def to_sample(row: dict[str, Any], layout: Layout, system_prompt: str = "") -> S
     roles = layout.roles
     if layout.name == "text":
         text = _text(row, roles["text"])
-        return Sample(text=text, ends=row.get("last") is not False, notes=_notes((text,)))
+        return Sample(text=text, ends=GOES_ON not in row, notes=_notes((text,)))
     tools, notes = read_tools(row.get(roles["tools"]), roles["tools"]) if "tools" in roles else (None, [])
     if layout.name in ("messages", "sharegpt"):
         messages, weights = read_chat(_present(row, roles["messages"]), roles["messages"], notes)

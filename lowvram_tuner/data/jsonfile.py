@@ -31,8 +31,7 @@ _JSON = json.JSONDecoder()
 
 def read_json(path: Path, encoding: Encoding, offset: int = 0, number: int = 1) -> Iterator[Record]:
     """The rows of a .json or .jsonl file; what it holds is decided by its first line, not by its name."""
-    first, alone = _first_line(path, encoding)
-    if first is not None and _is_line_of_rows(first, alone):
+    if has_lines(path, encoding):
         yield from read_jsonl(path, encoding, offset, number)
         return
     stream = _Stream(path, encoding, offset, number)
@@ -42,6 +41,12 @@ def read_json(path: Path, encoding: Encoding, offset: int = 0, number: int = 1) 
             yield from stream.elements()
         elif stream.peek() == "{":
             yield from _object(stream)
+
+
+def has_lines(path: Path, encoding: Encoding) -> bool:
+    """Whether every line of the file is a row of its own (JSONL)."""
+    first, alone = _first_line(path, encoding)
+    return first is not None and _is_line_of_rows(first, alone)
 
 
 def _first_line(path: Path, encoding: Encoding) -> tuple[bytes | None, bool]:

@@ -12,7 +12,6 @@ import heapq
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ import numpy as np
 
 from lowvram_tuner.config import DEMO_DATASET, TrainConfig
 from lowvram_tuner.data.cache import VERSION, Cache, Examples, Writer, open_cache
-from lowvram_tuner.data.examples import Encoded, Encoder
+from lowvram_tuner.data.examples import Batch, Encoded, Encoder
 from lowvram_tuner.data.formats import SAMPLE_ROWS, Layout, Sample, detect, mapping, to_sample
 from lowvram_tuner.data.readers import Record
 from lowvram_tuner.data.report import DataError, DataReport, Lengths, Problems, RowError
 from lowvram_tuner.data.sources import Source, resolve
 from lowvram_tuner.data.templates import Messages, Template
 
-BATCH_ROWS, BATCH_CHARACTERS = 256, 1_000_000  # tokenized at once: some 40 MB of the tokenizer's own structures
+BATCH_ROWS, BATCH_CHARACTERS = 256, 500_000  # tokenized at once: some 20 MB of the tokenizer's own structures
 PROMPTS = 4  # before/after questions taken from held-out rows
 CANDIDATES = 256  # rows remembered as such questions, spread over the data by their hash
 DEMO_PROMPTS = (
@@ -98,8 +97,9 @@ def _build(config: TrainConfig, template: Template, sources: list[Source], folde
         writer = Writer(folder)
     except OSError as error:
         raise DataError(f"the prepared data cannot be written to {folder.parent}: {error.strerror}.") from None
+    encoder = Encoder(template, config)
+    builder = Builder(config, encoder, writer)
     try:
-        builder = Builder(config, template, writer)
         total = sum(s.nbytes() for s in sources)
         before = 0
         for number, source in enumerate(sources):
@@ -112,6 +112,7 @@ def _build(config: TrainConfig, template: Template, sources: list[Source], folde
     except OSError as error:
         raise DataError(f"the data cannot be read, or its tokens not be written to {folder.parent}: {error}") from None
     finally:
+        encoder.close()
         writer.discard()
 
 
@@ -120,7 +121,7 @@ class Builder:
     """Rows into a cache, with a report of what became of them."""
 
     config: TrainConfig
-    template: Template
+    encoder: Encoder
     writer: Writer
     report: DataReport = field(default_factory=DataReport)
     problems: Problems = field(default_factory=Problems)
@@ -128,22 +129,23 @@ class Builder:
     _formats: list[str] = field(default_factory=list)
     _heap: list[tuple[int, int, Messages]] = field(default_factory=list)
 
-    @cached_property
-    def encoder(self) -> Encoder:
-        """The one encoder of this build."""
-        return Encoder(self.template, self.config)
-
     def read(self, source: Source, number: int) -> Iterator[int]:
-        """Takes in a source; yields the byte reached, after each batch."""
+        """Takes in a source; yields the byte reached, after each batch that was written."""
         for kind, reason in [*source.notes, *filter(None, [source.encoding and source.encoding.note])]:
             self.problems.add(source.name, 0, kind, reason, dropped=False)
-        layout = None
+        layout, waiting = None, None
         for batch, reached in self._batches(source):
             if layout is None:
                 layout = detect([r.value for r in batch[:SAMPLE_ROWS]], mapping(self.config.columns), source.name)
                 self._learn(layout, source)
-            self._take(batch, layout, source, number)
-            yield reached
+            started = self._started(batch, layout, source)
+            if waiting:
+                self._take(waiting, source, number)
+                yield reached
+            waiting = started
+        if waiting:
+            self._take(waiting, source, number)
+            yield source.nbytes()
 
     def _batches(self, source: Source) -> Iterator[tuple[list[Record], int]]:
         """Good records in batches, with the byte reached; broken ones are counted on the way."""
@@ -177,8 +179,8 @@ class Builder:
         self.report.dropped += 1
         self.problems.add(source.name, line, kind, reason, dropped=True)
 
-    def _take(self, batch: list[Record], layout: Layout, source: Source, number: int) -> None:
-        """Tokenizes a batch of rows and writes their examples."""
+    def _started(self, batch: list[Record], layout: Layout, source: Source) -> tuple[list[int], Batch]:
+        """The usable rows of a batch on their way through the tokenizer, with their lines."""
         samples, lines = [], []
         for record in batch:
             try:
@@ -186,7 +188,12 @@ class Builder:
                 lines.append(record.line)
             except RowError as error:
                 self._drop(source, record.line, error.kind, error.reason)
-        for sample, line, row in zip(samples, lines, self.encoder.encode(samples)):
+        return lines, self.encoder.start(samples)
+
+    def _take(self, waiting: tuple[list[int], Batch], source: Source, number: int) -> None:
+        """Writes the examples of a batch."""
+        lines, batch = waiting
+        for sample, line, row in zip(batch.samples, lines, self.encoder.finish(batch)):
             if row.error:
                 self._drop(source, line, row.error.kind, row.error.reason)
             else:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowvram_tuner.data.lines import MAX_ROW_BYTES, Encoding, Line, read_lines
 from lowvram_tuner.data.report import DataError
 
+GOES_ON = "\0goes on"  # key of a text passage that is not its file's last
 PASSAGE_BYTES = 16_000  # a text file's rows: whole paragraphs, about so many bytes together
 BATCH_ROWS = 256
 CRLF = ("crlf", "the line ends with CRLF, as Windows writes it; the end is not part of the text")
@@ -130,7 +132,7 @@ def _json_row(raw: bytes) -> tuple[dict[str, Any] | None, tuple[str, str] | None
 
 
 def read_text(path: Path, encoding: Encoding, offset: int = 0, number: int = 1) -> Iterator[Record]:
-    """Plain text or Markdown as rows {"text": passage, "last": bool}: whole paragraphs of about PASSAGE_BYTES together.
+    """Plain text or Markdown as rows {"text": passage}, with GOES_ON but in the last: whole paragraphs of about PASSAGE_BYTES together.
 
     The passages joined are the file's text with LF line ends; a passage keeps the empty lines that follow it.
     """
@@ -141,7 +143,7 @@ def read_text(path: Path, encoding: Encoding, offset: int = 0, number: int = 1) 
         held = record
     if held is not None:
         if held.value:
-            held.value["last"] = True
+            held.value.pop(GOES_ON)
         yield held
 
 
@@ -153,7 +155,7 @@ def _passages(lines: Iterator[Line]) -> Iterator[Record]:
         text, error = _text_of(line)
         full = size >= PASSAGE_BYTES and (gap or size >= 4 * PASSAGE_BYTES)
         if part and (error or (full and text and text.strip())):
-            yield Record(start, {"text": "".join(part), "last": False}, None, notes, offset)
+            yield Record(start, {"text": "".join(part), GOES_ON: True}, None, notes, offset)
             part, size = [], 0
         if error:
             yield Record(line.number, None, error, (), line.offset)
@@ -168,7 +170,7 @@ def _passages(lines: Iterator[Line]) -> Iterator[Record]:
         size += line.size
         gap = not text.strip()
     if part:
-        yield Record(start, {"text": "".join(part), "last": False}, None, notes, offset)
+        yield Record(start, {"text": "".join(part), GOES_ON: True}, None, notes, offset)
 
 
 def _text_of(line: Line) -> tuple[str, tuple[str, str] | None]:
@@ -180,27 +182,40 @@ def _text_of(line: Line) -> tuple[str, tuple[str, str] | None]:
         return "", undecodable(error)
 
 
-def read_parquet(path: Path, first: int = 1) -> Iterator[Record]:
-    """A Parquet file's rows from number `first`, a batch at a time; the line is the row's number."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A Parquet file; what is broken in it becomes a DataError."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            number, groups = 1, []
-            for group in range(file.num_row_groups):
-                count = file.metadata.row_group(group).num_rows
-                if groups or number + count > first:
-                    groups.append(group)
-                else:
-                    number += count
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, use_threads=False):
-                for value in batch.to_pylist():
-                    if number >= first:
-                        yield Record(number, value)
-                    number += 1
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path.name} cannot be read as Parquet ({str(error).splitlines()[0]}); is it whole?") from None
+
+
+def parquet_rows(path: Path) -> int:
+    """The number of rows of a Parquet file."""
+    with _opened(path) as file:
+        return file.metadata.num_rows
+
+
+def read_parquet(path: Path, first: int = 1) -> Iterator[Record]:
+    """A Parquet file's rows from number `first`, a batch at a time; the line is the row's number."""
+    with _opened(path) as file:
+        number, groups = 1, []
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if groups or number + count > first:
+                groups.append(group)
+            else:
+                number += count
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, use_threads=False):
+            for value in batch.to_pylist():
+                if number >= first:
+                    yield Record(number, value)
+                number += 1
 
 
 def read_dataset(dataset: Any, first: int = 1) -> Iterator[Record]:
@@ -209,6 +224,3 @@ def read_dataset(dataset: Any, first: int = 1) -> Iterator[Record]:
         columns = dataset[start : start + BATCH_ROWS]
         for k, values in enumerate(zip(*columns.values())):
             yield Record(start + k + 1, dict(zip(columns, values)))
-
-
-Reader = Callable[..., Iterator[Record]]

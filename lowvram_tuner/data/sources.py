@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_tuner.config import DEMO_DATASET
-from lowvram_tuner.data.jsonfile import read_json
-from lowvram_tuner.data.lines import BLOCK, Encoding, encoding_of
-from lowvram_tuner.data.readers import Record, read_dataset, read_parquet, read_text
+from lowvram_tuner.data.jsonfile import has_lines, read_json
+from lowvram_tuner.data.lines import BLOCK, Encoding, encoding_of, read_lines
+from lowvram_tuner.data.readers import Record, parquet_rows, read_dataset, read_parquet, read_text
 from lowvram_tuner.data.report import DataError
 from lowvram_tuner.data.tables import read_table
 
@@ -58,6 +59,27 @@ class Source:
         if self.kind in ("csv", "tsv"):
             return read_table(self.path, self.encoding, offset, line, "\t" if self.kind == "tsv" else None)
         return (read_json if self.kind == "json" else read_text)(self.path, self.encoding, offset, line)
+
+    def starts(self, offset: int = 0, line: int = 1) -> Iterator[tuple[int, int]]:
+        """(byte, line) of each row from there on, without parsing it where the file allows that; byte -1: unknown."""
+        if self.kind == "json" and has_lines(self.path, self.encoding):
+            for row in read_lines(self.path, self.encoding, offset, line):
+                if row.data is None or row.data.removeprefix(BOM_UTF8).strip():
+                    yield row.offset, row.number
+        else:
+            for record in self.records(offset, line):
+                if record.value is not None or record.error:
+                    yield record.offset, record.line
+
+    def can_be_entered(self) -> bool:
+        """Whether reading can start at a row in the middle."""
+        return self.encoding is None or self.encoding.codec == "utf-8"
+
+    def rows(self) -> int | None:
+        """The number of rows where that is known without reading them."""
+        if self.kind == "dataset":
+            return len(self.dataset)
+        return parquet_rows(self.path) if self.kind == "parquet" else None
 
     def nbytes(self) -> int:
         """Size on disk, 0 when unknown: the measure of progress."""

@@ -27,7 +27,7 @@ from typing import Any
 from lowvram_tuner.data.report import DataError, RowError
 
 Messages = list[dict[str, Any]]
-_USER, _ANSWER, _SYSTEM = "\ue0a0user\ue0a1", "\ue0a0answer\ue0a1", "\ue0a0system\ue0a1"  # private use: in nobody's text
+_USER, _ANSWER, _SYSTEM = "\ue0a01\ue0a1", "\ue0a02\ue0a1", "\ue0a03\ue0a1"  # private use characters: in nobody's text
 
 
 def shared_length(a: str, b: str) -> int:
@@ -91,6 +91,8 @@ class Template:
         special = {text for text, is_special in added.items() if is_special} | set(tokenizer.all_special_tokens)
         self._added = _any_of(added.keys() | special)
         self._special, self._special_starts = _any_of(special), {text[0] for text in special if text}
+        self._seen: set[str] = set()  # characters that were tried, and those of them that the tokenizer loses
+        self._lost: set[str] = set()
         self._probe()
 
     @property
@@ -179,6 +181,19 @@ class Template:
         """A control token that a text spells out, which the model will read as one."""
         found = self._special.search(text) if any(c in text for c in self._special_starts) else None
         return found.group() if found else None
+
+    def lost_character(self, text: str) -> str | None:
+        """A character of the text that the tokenizer loses: it has neither a token nor all of the bytes for it."""
+        characters = set(text)
+        if not characters <= self._seen:
+            self._try(list(characters - self._seen))
+        return min(characters & self._lost) if self._lost and characters & self._lost else None
+
+    def _try(self, characters: list[str]) -> None:
+        self._seen.update(characters)
+        for character, encoding in zip(characters, self.encode(characters)):
+            if not encoding.ids or ("\ufffd" in self.decode(encoding.ids) and character != "\ufffd"):
+                self._lost.add(character)
 
     @cached_property
     def _backend(self) -> Any:
