@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_python()
         with one_at_a_time(environment.root):
             prepare(environment, tests=options.test, reinstall=options.reinstall)
-        clash = kernels_clash(environment.packages())
+        clash = kernels_clash(environment.packages(), str(environment.python))
         if clash:
             raise LaunchError(clash)
     except (LaunchError, NoBuild) as error:

@@ -128,19 +128,18 @@ class Environment:
         new.replace(self.stamp_file)
 
 
-def kernels_clash(path: list[str] | None = None) -> str:
+def kernels_clash(path: list[str] | None = None, python: str = sys.executable) -> str:
     """A sentence when the distribution named `kernels` is installed beside this project, else "".
 
     transformers then takes the project's folder of that name for it and fails with an ImportError nobody understands.
-    path: folders to look in, by default those of the running Python.
+    path: folders to look in, by default those of the running Python; python: whose packages these are.
     """
     where = {} if path is None else {"path": path}
     if not any(d.version for d in importlib.metadata.distributions(name="kernels", **where)):
         return ""
-    python = sys.executable if path is None else "the environment's python"
     return (
         "the package 'kernels' is installed and clashes with the program's own folder of that name; "
-        f"remove it with: {python} -m pip uninstall -y kernels   (or start with --reinstall)."
+        f'remove it with: "{python}" -m pip uninstall -y kernels'
     )
 
 

@@ -332,7 +332,7 @@ def test_the_package_named_kernels_is_found_by_its_metadata(tmp_path):
     info = tmp_path / "kernels-0.9.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.9.0\n")
-    assert "pip uninstall -y kernels" in kernels_clash([str(tmp_path)])
+    assert kernels_clash([str(tmp_path)], "/p/python").endswith('remove it with: "/p/python" -m pip uninstall -y kernels')
 
 
 def test_the_running_environment_has_no_clash():
