@@ -56,6 +56,7 @@ def dequantize(packed: dict[str, torch.Tensor], out: torch.Tensor, start: int = 
     values = out.numel()
     grid = (triton.cdiv(values, BLOCKS * 64),)
     _dequantize_kernel[grid](
-        packed["weight"], absmax, *nested, packed["quant_map"], out, start // 64, values, DOUBLE=double, BLOCKS=BLOCKS, num_warps=4
-    )
+        packed["weight"], absmax, *nested, packed["quant_map"], out, start // 64, values, DOUBLE=double, BLOCKS=BLOCKS, num_warps=4,
+        enable_fp_fusion=False,  # product and sum are rounded one after the other, as the format defines them
+    )  # fmt: skip
     return out

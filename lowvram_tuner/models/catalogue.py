@@ -119,11 +119,16 @@ def shape_from_config(path: Path) -> ModelShape:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}); give a transformers config.json.") from None
+    return shape_from_values(raw, path.parent.name)
+
+
+def shape_from_values(raw: dict, name: str) -> ModelShape:
+    """The shape in the values of a transformers config; `name` stands in when they name no model."""
     raw = {**raw, **raw.get("text_config", {})}
     try:
         heads = int(raw["num_attention_heads"])
         return ModelShape(
-            name=raw.get("_name_or_path") or path.parent.name,
+            name=raw.get("_name_or_path") or name,
             family=raw["model_type"],
             hidden_size=int(raw["hidden_size"]),
             intermediate_size=int(raw["intermediate_size"]),
@@ -137,4 +142,4 @@ def shape_from_config(path: Path) -> ModelShape:
             max_position_embeddings=int(raw.get("max_position_embeddings", 4096)),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} lacks what a decoder-only model's config has ({error}); it cannot be planned.") from None
+        raise ConfigError(f"{name} lacks what a decoder-only model's config has ({error}); it cannot be planned.") from None

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels.gather import gather_rows
 from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.memory.plan import Budget, Plan
 from lowvram_tuner.memory.slabs import Layout, Ring, Slab, make_slab, streamed_layers
+from lowvram_tuner.models.catalogue import ModelShape, shape_from_config, shape_from_values
 from lowvram_tuner.models.source import Source, locate
 from lowvram_tuner.models.weights import Weights, open_weights
 from lowvram_tuner.quant.linear import QuantLinear
@@ -68,9 +70,18 @@ def load_for_chat(
 
     target = torch.device(device) if device else pick_device()
     tokenizer = load_tokenizer(model)
-    loaded = load_model(model, resolve(bits, method), _chat_plan(target), target, pick_dtype(target), progress)
+    loaded = load_model(model, resolve(bits, method), chat_plan(target), target, pick_dtype(target), progress)
     loaded.model.eval()
     return (load_adapter(loaded.model, adapter) if adapter else loaded.model), tokenizer
+
+
+def hub_shape(model: str) -> ModelShape:
+    """The shape of a model that the catalogue does not know, from its own files (a GGUF's header, a hub download)."""
+    source = locate(model)
+    if source.gguf is None:
+        return shape_from_config(source.folder / "config.json")
+    config = build_skeleton(source.folder, source.hf_kwargs(), torch.float32).config
+    return shape_from_values(config.to_dict(), model)
 
 
 def build_skeleton(folder: Path, hf_kwargs: dict[str, str], dtype: torch.dtype) -> nn.Module:
@@ -178,7 +189,7 @@ def _replace_linears(layer, linears, fmt, slab, scratch, weights, prefix, device
 
 
 def _make_ring(layers: nn.ModuleList, hosts: dict[int, torch.Tensor], device: torch.device) -> Ring:
-    """Binds the streamed layers' linears to the ring's slots."""
+    """Binds the streamed layers' linears to the ring's slots, and has transformers' own forward fetch them too."""
     ring = Ring(hosts, device)
     for index in hosts:
         linears = {n: m for n, m in layers[index].named_modules() if isinstance(m, QuantLinear)}
@@ -186,7 +197,15 @@ def _make_ring(layers: nn.ModuleList, hosts: dict[int, torch.Tensor], device: to
         slot = make_slab(layout, device, buffer=ring.slots[ring.slot_of(index)])
         for name, linear in linears.items():
             linear.bind(slot.views[name], linear.scratch)
+        layers[index].register_forward_pre_hook(lambda *_, index=index: ring.fetch(index))
     return ring
+
+
+class Embedding(nn.Embedding):
+    """The word table, which may stay in host memory while the ids are on the card."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return gather_rows(ids.reshape(-1), self.weight).view(*ids.shape, -1)
 
 
 def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
@@ -197,6 +216,8 @@ def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
     table = _read(weights, "model.embed_tokens.weight", shape, device).to(dtype)
     table = table.cpu().pin_memory() if plan.embeddings_on_host and device.type == "cuda" else table.to(device)
     embedding.weight = nn.Parameter(table, requires_grad=False)
+    if table.device != device:
+        embedding.__class__ = Embedding
     head = model.lm_head
     tied = model.config.tie_word_embeddings or (weights is not None and "lm_head.weight" not in weights.names())
     if tied:
@@ -232,7 +253,8 @@ def _scratch_bytes(model: nn.Module, plan: Plan, dtype: torch.dtype) -> int:
     return largest * dtype.itemsize
 
 
-def _chat_plan(device: torch.device) -> Plan:
+def chat_plan(device: torch.device) -> Plan:
+    """Everything resident, nothing for training: how chat and evaluation load a model."""
     kind = "vram" if device.type == "cuda" else "ram"
     return Plan(True, {}, Budget(0, 0, 0, kind), host_bytes=0, step_s=0.0, words=(), unpacked=kind == "ram")
 

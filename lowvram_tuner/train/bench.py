@@ -25,6 +25,7 @@ from lowvram_tuner.models.precision import pick_device, pick_dtype
 from lowvram_tuner.quant.registry import resolve
 from lowvram_tuner.train.graph import CapturedStep
 from lowvram_tuner.train.optimizer import Optimizer
+from lowvram_tuner.train.session import cap_allocator
 from lowvram_tuner.train.step import FusedStep, to_batch
 
 
@@ -33,7 +34,7 @@ def bench(config: TrainConfig, steps: int = 10, random_weights: bool = False, ca
     device = pick_device()
     used_before = _used_bytes()
     plan = plan_run(config, shape_of(config.model), Budget.of(config, read_card(), read_ram()))
-    _cap(device, plan)
+    cap_allocator(device, plan)
     started = time.perf_counter()
     loaded = _load(config, plan, device, random_weights)
     _synchronize(device)
@@ -112,13 +113,6 @@ def _profile(device: torch.device, run: Any) -> tuple[float, int, list[str]]:
     rows.sort(key=lambda r: -r.self_device_time_total)
     top = [f"{r.self_device_time_total / 1e3:.2f} ms x{r.count} {r.key[:80]}" for r in rows[:25]]
     return sum(r.self_device_time_total for r in rows) / 1e3, sum(r.count for r in rows), top
-
-
-def _cap(device: torch.device, plan: Plan) -> None:
-    """Caps the allocator at the budget, so that a run over its plan fails here instead of spilling."""
-    if device.type == "cuda" and plan.budget.limit_bytes:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.budget.limit_bytes / total), device)
 
 
 def _peak(device: torch.device) -> int:

@@ -30,7 +30,7 @@ class CapturedStep:
     def accumulate(self, batch: Batch, scale: float) -> torch.Tensor:
         """Adds scale x the gradient of the summed loss. Returns the sum of losses; valid until the next call."""
         self.scale.fill_(scale)
-        key = tuple(t.numel() for t in batch.tensors()) + (batch.max_len,)
+        key = (*(t.numel() for t in batch.tensors()), batch.max_len)
         if key in self.graphs:
             return self._replay(key, batch)
         if not self.enabled or key not in self.seen or len(self.graphs) >= self.limit:

@@ -31,6 +31,9 @@ class Batch:
     targets: torch.Tensor
     labels: torch.Tensor
     max_len: int
+    counted: int = 0  # labels that count
+    tokens: int = 0  # of the examples, without padding
+    after: tuple[int, int] | None = None  # (epoch, micro-batch) where a run stands once this batch's step is done
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.input_ids, self.position_ids, self.cu_seqlens, self.targets, self.labels]
@@ -48,7 +51,7 @@ def to_batch(flat, device: torch.device, max_len: int, round_targets: int = 64, 
         edges = np.concatenate([edges, np.full(sequences + 1 - len(edges), edges[-1], np.int32)])
     arrays = (flat.input_ids, flat.position_ids, edges, positions, labels)
     moved = [torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True) for a in arrays]
-    return Batch(*moved, max_len=max_len)
+    return Batch(*moved, max_len=max_len, counted=len(targets), tokens=int(np.count_nonzero(flat.position_ids)) + len(edges) - 1)
 
 
 class HostInputs:
@@ -58,13 +61,23 @@ class HostInputs:
         self.host = torch.empty(layers, *shape, dtype=dtype, pin_memory=True)
         self.stream = torch.cuda.Stream(device)
         self.waiting: dict[int, torch.Tensor] = {}
+        self.leaving: torch.Tensor | None = None
 
     def put(self, layer: int, x: torch.Tensor) -> None:
-        """Starts copying x out. The memory of x may be reused once the copy is done."""
+        """Starts copying x out, and holds it until the next call: by then the copy has had a layer's time to finish.
+
+        `Tensor.record_stream` would free x by itself, but a graph being captured never reuses such memory.
+        """
+        self.settle()
+        self.leaving = x
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self.host[layer][: x.shape[0]].copy_(x, non_blocking=True)
-        x.record_stream(self.stream)
+
+    def settle(self) -> None:
+        """Makes the current stream wait for the copies under way."""
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.leaving = None
 
     def prefetch(self, layer: int, like: torch.Tensor) -> None:
         """Starts copying a layer's input back."""
@@ -84,7 +97,7 @@ class HostInputs:
 class FusedStep:
     """Forward and backward of a model of `fused_layer.FAMILIES` under a plan."""
 
-    def __init__(self, loaded: Loaded, adapter: Adapter | None, plan: Plan, max_tokens: int) -> None:
+    def __init__(self, loaded: Loaded, adapter: Adapter | None, plan: Plan, max_tokens: int = 0) -> None:
         self.loaded, self.plan, self.ring = loaded, plan, loaded.ring
         config, inner = loaded.config, loaded.model.model
         self.layers = [FusedLayer(layer, config, adapter, plan.mlp_chunk) for layer in loaded.layers]
@@ -118,6 +131,8 @@ class FusedStep:
             kept.append(saved)
             x = y
             del y, saved
+        if self.inputs is not None:
+            self.inputs.settle()
         total, gx = self._loss(x, batch, scale)
         del x
         for index in reversed(range(len(self.layers))):

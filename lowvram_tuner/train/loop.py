@@ -1,0 +1,309 @@
+"""A run from beginning to end: data, plan, load, fit check, training, proof that it learned. Read it top to bottom.
+
+An optimizer step adds up `gradient_accumulation_steps` micro-batches, weighted by their trained tokens: every token counts
+the same whichever micro-batch it lies in. The order of examples depends on the seed and the epoch alone, so a resumed run
+continues exactly where the checkpoint stood.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowvram_tuner.config import TrainConfig
+from lowvram_tuner.data.packing import Batches, collate
+from lowvram_tuner.data.prepare import Prepared, prepare
+from lowvram_tuner.lora.adapter import save_adapter
+from lowvram_tuner.memory.plan import GB
+from lowvram_tuner.models.source import load_tokenizer
+from lowvram_tuner.train import checkpoints
+from lowvram_tuner.train.evaluate import held_out_loss
+from lowvram_tuner.train.events import Reporter
+from lowvram_tuner.train.optimizer import learning_rate
+from lowvram_tuner.train.run_dir import RunDir
+from lowvram_tuner.train.session import Session, build, make_plan, memory_now, rebuild_leaner
+from lowvram_tuner.train.step import Batch, to_batch
+from lowvram_tuner.train.verdict import judge
+
+ANSWER_TOKENS = 64
+
+
+@dataclass
+class Progress:
+    """Where a run stands, and what a checkpoint must bring back."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0
+    position: int = 0  # micro-batches of the epoch done
+    tokens: int = 0  # trained tokens seen
+    best_loss: float | None = None
+    since_best: int = 0
+    history: list[tuple[int, float]] = None  # held-out losses by step
+
+    def __post_init__(self) -> None:
+        self.history = [tuple(h) for h in self.history or []]
+
+
+def run_training(config: TrainConfig, run: RunDir, reporter: Reporter, resume: bool = False) -> dict[str, Any]:
+    """Trains a run in its folder. Returns the JSON keys of the command `train`."""
+    reporter.status("preparing", "Reading the data.")
+    tokenizer = load_tokenizer(config.model)
+    prepared = prepare(config, tokenizer, lambda what, done, total, unit: reporter.status("preparing", f"{what}.", done, total, unit))
+    reporter.status("preparing", "Loading the model.")
+    session = build(config, make_plan(config), _loading(reporter))
+    return _Run(config, run, reporter, tokenizer, prepared, session).train(resume)
+
+
+class _Run:
+    """The state of one `run_training` call."""
+
+    def __init__(self, config: TrainConfig, run: RunDir, reporter: Reporter, tokenizer: Any, prepared: Prepared, session: Session) -> None:
+        self.config, self.run, self.reporter, self.tokenizer, self.prepared = config, run, reporter, tokenizer, prepared
+        self.session, self.progress, self.loss, self.started = session, Progress(), None, time.monotonic()
+        self.batches = Batches(
+            prepared.train, config.micro_batch_size, config.max_seq_length, config.seed, config.packing
+        )  # fmt: skip
+        self.steps_per_epoch = self.batches.steps_per_epoch(config.gradient_accumulation_steps)
+        self.total = config.max_steps or max(1, math.ceil(config.num_epochs * self.steps_per_epoch))
+        tenth = max(1, self.total // 10)
+        self.eval_every, self.save_every = config.eval_steps or tenth, config.save_steps or tenth
+        self.answers: dict[str, str] = {}
+
+    def train(self, resume: bool) -> dict[str, Any]:
+        self.reporter.planned(self.total, self.session.plan.process_bytes)
+        self._check_fit()
+        if resume:
+            self._resume()
+        if not self.progress.history:
+            self._evaluate()
+        self.reporter.status("training", "Training.")
+        status = self._steps()
+        self._save(final=True)
+        if status == "stopped":
+            self.reporter.status("stopped", f"Stopped and saved at step {self.progress.step}. Resume continues from here.")
+        else:
+            self._prove()
+            self.reporter.status("finished", "Finished. Chat with it, or compare it with the base.")
+        return self._result(status)
+
+    def _steps(self) -> str:
+        """Runs optimizer steps until the end, a stop, or no more improvement. Returns the status."""
+        upcoming = self._micro_batches()
+        group = next(upcoming)
+        while self.progress.step < self.total:
+            if self.reporter.stop_requested():
+                return "stopped"
+            begin = time.perf_counter()
+            try:
+                norm, total, targets = self._optimize(group)
+                following = next(upcoming)  # collated while the card works
+                self.loss = float(total) / targets
+            except torch.OutOfMemoryError:
+                self._make_leaner()
+                continue
+            self._stepped(group, targets, float(norm), time.perf_counter() - begin)
+            group = following
+            if self._checks():
+                return "finished"
+        return "finished"
+
+    def _optimize(self, group: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """One optimizer step over a group of micro-batches: (gradient norm, summed loss, trained tokens)."""
+        optimizer = self.session.optimizer
+        targets = sum(b.counted for b in group)
+        total = torch.zeros((), device=self.session.device)
+        for batch in group:
+            total += self.session.step.accumulate(batch, optimizer.loss_scale / targets)
+        norm = optimizer.step(learning_rate(self.config, self.progress.step, self.total))
+        return norm, total, targets
+
+    def _micro_batches(self) -> Iterator[list[Batch]]:
+        """Groups of micro-batches, one group a step, from where `progress` stands on and without end."""
+        config, epoch, position = self.config, self.progress.epoch, self.progress.position
+        full = config.micro_batch_size * config.max_seq_length
+        captured = self.session.device.type == "cuda"
+        pad_to = full if captured and config.packing else max(16, full // 8) if captured else 1
+        while True:
+            plan = self.batches.epoch(epoch)
+            while position < len(plan):
+                group = []
+                for micro_batch in plan[position : position + config.gradient_accumulation_steps]:
+                    flat = collate(self.prepared.train, micro_batch, config.max_seq_length, pad_to)
+                    if flat.targets:
+                        sequences = _power_of_two(len(flat.cu_seqlens) - 1) if captured else 0
+                        rounding = max(64, len(flat.input_ids) // 4) if captured else 1
+                        group.append(to_batch(flat, self.session.device, config.max_seq_length, rounding, sequences))
+                position += config.gradient_accumulation_steps
+                ended = position >= len(plan)
+                if group:
+                    group[-1].after = (epoch + 1, 0) if ended else (epoch, position)
+                    yield group
+            epoch, position = epoch + 1, 0
+
+    def _stepped(self, group: list[Batch], targets: int, norm: float, seconds: float) -> None:
+        """Moves the progress on and reports the step."""
+        p = self.progress
+        rate = learning_rate(self.config, p.step, self.total)
+        p.step += 1
+        p.epoch, p.position = group[-1].after
+        p.tokens += targets
+        tokens = sum(b.tokens for b in group)
+        now, peak = memory_now(self.session.device)
+        self.seconds = seconds if p.step < 3 else 0.9 * getattr(self, "seconds", seconds) + 0.1 * seconds
+        self.reporter.step(
+            p.step, epoch=p.step / self.steps_per_epoch, loss=self.loss, learning_rate=rate, grad_norm=norm, tokens=tokens,
+            tokens_per_s=tokens / seconds, step_s=seconds, eta_s=(self.total - p.step) * self.seconds,
+            vram_now_bytes=now, vram_peak_bytes=peak,
+        )  # fmt: skip
+
+    def _checks(self) -> bool:
+        """Held-out check and checkpoint when they are due. Returns True when patience has run out."""
+        p = self.progress
+        if p.step % self.eval_every == 0 or p.step == self.total:
+            self._evaluate()
+        if p.step % self.save_every == 0 and p.step < self.total:
+            self._save()
+        if self.config.patience and p.since_best >= self.config.patience:
+            self.reporter.note(f"Stopped at step {p.step}: no improvement in {p.since_best} checks.")
+            return True
+        return False
+
+    def _evaluate(self) -> None:
+        p, config = self.progress, self.config
+        loss = held_out_loss(_inner(self.session.step), self.prepared.held_out, config, self.session.device)
+        if loss is None:
+            return
+        p.history.append((p.step, loss))
+        self.reporter.evaluated(p.step, loss)
+        if p.best_loss is None or loss < p.best_loss:
+            p.best_loss, p.since_best = loss, 0
+            if p.step:
+                self._save(best=loss)
+        else:
+            p.since_best += 1
+
+    def _save(self, best: float | None = None, final: bool = False) -> None:
+        """Writes a checkpoint, and at the end the adapter: the best one when held-out losses tell."""
+        p = self.progress
+        self.reporter.status("saving", f"Saving step {p.step}.")
+        tensors, numbers = self.session.state()
+        tensors["rng"] = torch.get_rng_state()
+        meta = {"progress": vars(p), "optimizer": numbers, "config": self.config.to_dict(), "fingerprint": self.prepared.fingerprint}
+        path = checkpoints.save(self.run.checkpoints / f"step-{p.step}", tensors, meta)
+        if best is not None:
+            checkpoints.mark_best(path, best)
+        checkpoints.prune(self.run.checkpoints, self.config.keep_checkpoints)
+        self.reporter.checkpointed(p.step, path)
+        if final:
+            self._save_adapter()
+        else:
+            self.reporter.status("training", "Training.")
+
+    def _save_adapter(self) -> None:
+        """The run's adapter folder; a worse last state gives way to the best checkpoint."""
+        champion = checkpoints.best(self.run.checkpoints)
+        last = self.progress.history[-1][1] if self.progress.history else None
+        if champion and last is not None and champion[1] < last:
+            tensors, meta = checkpoints.load(champion[0])
+            self.session.restore(tensors, meta["optimizer"])
+            self.reporter.note(f"The adapter is that of {champion[0].name}, where the held-out loss was lowest.")
+        save_adapter(self.session.adapter, self.run.adapter, self.session.loaded.source.public_id)
+
+    def _resume(self) -> None:
+        path = checkpoints.newest_valid(self.run.checkpoints, self.reporter.note)
+        if path is None:
+            self.reporter.note("No checkpoint yet; starting from the beginning.")
+            return
+        tensors, meta = checkpoints.load(path)
+        checkpoints.require_same_run(meta, self.config, self.prepared.fingerprint)
+        self.session.restore(tensors, meta["optimizer"])
+        torch.set_rng_state(tensors["rng"])
+        self.progress = Progress(**meta["progress"])
+
+    def _check_fit(self) -> None:
+        """One worst-case micro-batch, forward and backward, before the real run; its gradients are thrown away."""
+        self.reporter.status("checking", "Checking the fit: one step with the longest examples.")
+        while True:
+            try:
+                begin = time.perf_counter()
+                self._worst_case()
+                seconds = time.perf_counter() - begin
+                break
+            except torch.OutOfMemoryError:
+                self._make_leaner()
+        steps = self.total * self.config.gradient_accumulation_steps
+        peak = memory_now(self.session.device)[1]
+        spare = (self.session.plan.budget.limit_bytes - peak) / GB
+        self.reporter.note(f"It fits with {max(spare, 0):.1f} GB to spare. About {_duration(seconds * steps)} at most.")
+        self.reporter.planned(self.total, self.session.plan.process_bytes)
+
+    def _worst_case(self) -> None:
+        lengths = [len(self.prepared.train[i].input_ids) for i in range(min(len(self.prepared.train), 512))]
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        rows = [[longest]] * self.config.micro_batch_size
+        full = self.config.micro_batch_size * self.config.max_seq_length
+        flat = collate(self.prepared.train, rows, self.config.max_seq_length, full if self.session.device.type == "cuda" else 1)
+        batch = to_batch(flat, self.session.device, self.config.max_seq_length)
+        _inner(self.session.step).accumulate(batch, torch.zeros((), device=self.session.device))
+        self.session.adapter.gradients.zero_()
+        if self.session.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _make_leaner(self) -> None:
+        """Out of memory in spite of the plan: the plan is at fault, so it is made again for less."""
+        self.reporter.note("The card ran out of memory; going on with a leaner plan.")
+        self.session.adapter.gradients.zero_()
+        self.session = rebuild_leaner(self.session, _loading(self.reporter))
+        self.reporter.planned(self.total, self.session.plan.process_bytes)
+        self.reporter.status("training", "Training.")
+
+    def _prove(self) -> None:
+        """The same prompts answered by base and adapter, and what the held-out losses say."""
+        from lowvram_tuner.chat.session import ChatSession
+
+        self.reporter.status("checking", "Asking the base and the adapter the same questions.")
+        self.session.adapter.model.eval()
+        chat = ChatSession(self.session.adapter.model, self.tokenizer)
+        rows = []
+        for messages in self.prepared.prompts:
+            answers = {a: chat.answer(messages, adapter=a, temperature=0.0, max_new_tokens=ANSWER_TOKENS) for a in (False, True)}
+            rows.append({"prompt": messages[-1]["content"], "base": answers[False], "adapter": answers[True]})
+        self.reporter.compared(self.progress.step, rows)
+        kind, text = judge(self.progress.history, [r["base"] == r["adapter"] for r in rows])
+        self.reporter.verdict(kind, text)
+
+    def _result(self, status: str) -> dict[str, Any]:
+        state = self.reporter.state()
+        device = self.session.device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else state.get("vram_peak_bytes") or 0
+        return {
+            "run_dir": str(self.run.path), "adapter_dir": str(self.run.adapter), "status": status, "steps": self.progress.step,
+            "train_loss": self.loss, "eval_loss": self.progress.history[-1][1] if self.progress.history else None,
+            "peak_allocated_gb": peak / GB, "predicted_peak_gb": self.session.plan.allocated_bytes / GB,
+        }  # fmt: skip
+
+
+def _inner(step: Any) -> Any:
+    """The step itself, without the graphs around it."""
+    return getattr(step, "step", step)
+
+
+def _loading(reporter: Reporter) -> Any:
+    return lambda what, done, total: reporter.status("preparing", "Loading the model.", int(done), int(total), "layers")
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(3, (n - 1).bit_length())
+
+
+def _duration(seconds: float) -> str:
+    """'2 h 10 min', '5 min', '40 s'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,148 @@
+"""Everything a run needs in memory, built from a plan: model, adapter, optimizer, step.
+
+A session can be taken down and built again under a leaner plan, with the training state carried over: that is what happens
+when the card runs out of memory in spite of the plan.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowvram_tuner.config import ConfigError, TrainConfig
+from lowvram_tuner.hardware.card import process_bytes, read_card
+from lowvram_tuner.hardware.ram import read_ram
+from lowvram_tuner.lora.adapter import Adapter, attach, load_adapter, load_state
+from lowvram_tuner.memory.plan import CONTEXT_BYTES, GB, Budget, Plan, plan_run
+from lowvram_tuner.models.catalogue import ModelShape, shape_of
+from lowvram_tuner.models.load import Loaded, chat_plan, hub_shape, load_model
+from lowvram_tuner.models.precision import pick_device, pick_dtype
+from lowvram_tuner.quant.registry import resolve
+from lowvram_tuner.quant.spec import QuantSpec
+from lowvram_tuner.train.fused_layer import supports
+from lowvram_tuner.train.graph import CapturedStep
+from lowvram_tuner.train.hf_step import TransformersStep
+from lowvram_tuner.train.optimizer import Optimizer
+from lowvram_tuner.train.step import FusedStep
+
+LEANER = 0.93  # a plan that ran out of memory is made again for this share of its budget
+
+
+@dataclass
+class Session:
+    """A run's working parts."""
+
+    config: TrainConfig
+    plan: Plan
+    device: torch.device
+    loaded: Loaded
+    adapter: Adapter
+    optimizer: Optimizer
+    step: CapturedStep | TransformersStep
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Adapter and optimizer as CPU tensors, and the optimizer's numbers."""
+        tensors = {f"adapter.{k}": v.cpu() for k, v in self.adapter.state().items()}
+        tensors |= {k: v.detach().cpu().clone() for k, v in self.optimizer.tensors().items()}
+        return tensors, self.optimizer.numbers()
+
+    def restore(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        load_state(self.adapter, {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")})
+        self.optimizer.restore(tensors, numbers)
+
+
+def shape_for(model: str) -> ModelShape:
+    """The model's shape: from the catalogue or its files, fetched from the hub when it is not here yet."""
+    try:
+        return shape_of(model)
+    except ConfigError:
+        return hub_shape(model)
+
+
+def make_plan(config: TrainConfig, limit: int | None = None) -> Plan:
+    """The plan for this machine as it is now; `limit` replaces the budget in bytes. ConfigError when nothing fits."""
+    device = pick_device()
+    budget = Budget.of(config, read_card() if device.type == "cuda" else None, read_ram())
+    if limit is not None:
+        budget = replace(budget, limit_bytes=limit)
+    plan = plan_run(config, shape_for(config.model), budget)
+    if not plan.fits:
+        offers = "; ".join(r.label for r in plan.remedies) or "choose a smaller model"
+        need, have = plan.process_bytes / GB, budget.limit_bytes / GB
+        raise ConfigError(f"this run needs {need:.1f} GB and may use {have:.1f} GB; what helps: {offers}.")
+    return plan
+
+
+def build(config: TrainConfig, plan: Plan, progress: Callable[[str, float, float], None] | None = None) -> Session:
+    """Loads the model, attaches the adapter and prepares the step."""
+    device = pick_device()
+    dtype = pick_dtype(device, config.precision)
+    cap_allocator(device, plan)
+    loaded = load_model(config.model, _spec(config), plan, device, dtype, progress)
+    adapter = attach(loaded.model, config, device, dtype)
+    optimizer = Optimizer(adapter, config, plan.optimizer_bits, plan.optimizer_on_host)
+    if supports(loaded.model, config.max_seq_length) and config.lora_dropout == 0:
+        tokens = config.micro_batch_size * config.max_seq_length
+        step: Any = CapturedStep(FusedStep(loaded, adapter, plan, tokens), device)
+    else:
+        step = TransformersStep(loaded, adapter)
+    return Session(config, plan, device, loaded, adapter, optimizer, step)
+
+
+def rebuild_leaner(session: Session, progress: Callable[[str, float, float], None] | None = None) -> Session:
+    """The same run under the next cheaper plan. Raises ConfigError when there is none."""
+    config, (tensors, numbers) = session.config, session.state()
+    limit = int(min(session.plan.process_bytes, session.plan.budget.limit_bytes) * LEANER)
+    session.loaded = session.adapter = session.optimizer = session.step = None
+    free_memory()
+    leaner = build(config, make_plan(config, limit), progress)
+    leaner.restore(tensors, numbers)
+    return leaner
+
+
+def open_for_reading(config: TrainConfig, adapter: Path | None) -> tuple[FusedStep | TransformersStep, torch.device]:
+    """A step that only evaluates: the model of a config, with a saved adapter when one is given."""
+    device = pick_device()
+    plan = chat_plan(device)
+    loaded = load_model(config.model, _spec(config), plan, device, pick_dtype(device, config.precision))
+    attached = load_adapter(loaded.model, adapter) if adapter else None
+    if supports(loaded.model, config.max_seq_length):
+        return FusedStep(loaded, attached, plan, config.max_seq_length), device
+    return TransformersStep(loaded, attached), device
+
+
+def cap_allocator(device: torch.device, plan: Plan) -> None:
+    """Caps PyTorch's allocator at the budget, so that a driver cannot silently spill into system memory."""
+    if device.type == "cuda" and plan.budget.limit_bytes:
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = (plan.budget.limit_bytes - CONTEXT_BYTES) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.01)), device)
+
+
+def memory_now(device: torch.device) -> tuple[int, int]:
+    """(now, peak) bytes of this process: on the card with CUDA's own share, else in RAM."""
+    if device.type != "cuda":
+        import psutil
+
+        now = psutil.Process().memory_info().rss
+        return now, now
+    now = process_bytes(os.getpid()) or torch.cuda.memory_reserved(device) + CONTEXT_BYTES
+    return now, max(now, torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES)
+
+
+def free_memory() -> None:
+    """Gives back what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _spec(config: TrainConfig) -> QuantSpec:
+    return resolve(config.bits, config.method, group_size=config.group_size)
