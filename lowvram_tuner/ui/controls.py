@@ -18,6 +18,7 @@ from lowvram_tuner.ui.words import short_model
 SLIDER_TOP = 32  # a slider up to the config's 256 could not be set to 2; larger values stretch it
 ELEM_IDS = {"micro_batch_size": "batch-size"}
 HIDDEN = ("output_dir",)  # the page keeps its runs where it was started to
+BESIDE_GAUGE = ("vram_gb",)
 MORE = {
     "Data": ("max_seq_length", "packing", "train_on", "held_out", "system_prompt", "columns"),
     "Adapter": ("lora_r", "lora_alpha", "lora_dropout", "trainable", "target_modules"),
@@ -25,7 +26,7 @@ MORE = {
         "learning_rate", "num_epochs", "max_steps", "gradient_accumulation_steps", "warmup_steps", "weight_decay",
         "max_grad_norm", "patience", "seed",
     ),
-    "Machine": ("vram_gb", "method", "group_size", "precision"),
+    "Machine": ("method", "group_size", "precision"),
     "Checks and logs": ("eval_steps", "save_steps", "keep_checkpoints", "report_to", "compare_prompts"),
 }  # fmt: skip
 PLANNED_BY = (  # what the gauge depends on
@@ -37,8 +38,15 @@ PLANNED_BY = (  # what the gauge depends on
 def grouped() -> dict[str, tuple[str, ...]]:
     """The options under "More" by heading; one that no heading names stands under "Other"."""
     named = {name for names in MORE.values() for name in names}
-    rest = tuple(n for n, f in options().items() if n not in named and n not in HIDDEN and not f.metadata.get("basic"))
+    rest = tuple(n for n, f in options().items() if n not in named and n not in (*HIDDEN, *BESIDE_GAUGE) and not f.metadata.get("basic"))
     return {**MORE, "Other": rest} if rest else dict(MORE)
+
+
+def budget_slider(total_bytes: int) -> gr.Slider:
+    """The memory budget up to the card's size; 0 leaves it to the program."""
+    f = options()["vram_gb"]
+    return gr.Slider(0, round(max(1.0, total_bytes / 1e9), 1), value=f.default, step=0.1, label=_label(f), info=f.metadata["help"],
+                     elem_id="vram-gb", interactive=True, buttons=[], visible=total_bytes > 0)  # fmt: skip
 
 
 def control(name: str) -> gr.components.Component:
@@ -109,14 +117,16 @@ def to_config(values: dict[str, Any], **fixed: Any) -> TrainConfig:
     return TrainConfig.from_dict({**read, **fixed})
 
 
-def shown(config: TrainConfig, names: list[str]) -> list[Any]:
-    """A config as updates of the controls `names`, ranges and choices included."""
-    return [_update(name, getattr(config, name), config) for name in names]
+def shown(config: TrainConfig, names: list[str], vram_top: float = 0.0) -> list[Any]:
+    """A config as updates of the controls `names`, ranges and choices included. `vram_top`: where the budget's slider ends."""
+    return [_update(name, getattr(config, name), config, vram_top) for name in names]
 
 
-def _update(name: str, value: Any, config: TrainConfig) -> Any:
+def _update(name: str, value: Any, config: TrainConfig, vram_top: float) -> Any:
     if name == "micro_batch_size":
         return gr.update(value=value, maximum=max(SLIDER_TOP, value))
+    if name == "vram_gb" and value:
+        return gr.update(value=value, maximum=max(value, vram_top))
     if name == "method":
         return gr.update(value=value, choices=methods_for(config.bits))
     return gr.update(value=to_control(name, value))

@@ -9,7 +9,7 @@
   // The help text of a control is folded behind a small button next to its label.
   function explain(block) {
     const text = block.querySelector(".info-text");
-    const label = block.querySelector("[data-testid='block-info']");
+    const label = block.querySelector("[data-testid='block-info'], .label-text");
     if (!text || !label || block.querySelector("button.why")) return;
     text.id = text.id || `why-${++number}`;
     const button = document.createElement("button");
@@ -39,7 +39,50 @@
     }
   }
 
+  // Open panels, the tab and the scrolled place are remembered for this browser tab and put back once after a reload.
+  const header = (id) => document.querySelector(`#${CSS.escape(id)} button.label-wrap`);
+  const isOpen = (button) => button.classList.contains("open");
+  const before = kept();
+  const pending = new Set(before.open || []);
+
+  document.addEventListener("click", (event) => {
+    const tab = event.target.closest("[role='tab']");
+    if (tab) keep({ tab: tab.id || tab.textContent.trim() });
+    const panel = event.target.closest("button.label-wrap");
+    const id = panel?.closest(".block[id]")?.id;
+    if (!id) return;
+    pending.delete(id);
+    setTimeout(() => {
+      const open = new Set(kept().open || []);
+      if (isOpen(panel)) open.add(id); else open.delete(id);
+      keep({ open: [...open] });
+    }, 100);
+  });
+  window.addEventListener("beforeunload", () => keep({ scroll: window.scrollY }));
+
+  function putBack() {
+    if (before.tab) {
+      const tabs = [...document.querySelectorAll("[role='tab']")];
+      const tab = tabs.find((t) => t.id === before.tab || t.textContent.trim() === before.tab);
+      if (tab) {
+        delete before.tab;
+        if (tab.getAttribute("aria-selected") !== "true") tab.click();
+      }
+    }
+    for (const id of [...pending]) {
+      const button = header(id);
+      if (!button) continue;
+      pending.delete(id);
+      if (!isOpen(button)) button.click();
+    }
+    if (before.scroll && document.documentElement.scrollHeight - innerHeight >= before.scroll) {
+      window.scrollTo(0, before.scroll);
+      delete before.scroll;
+    }
+  }
+
   function settle() {
+    putBack();
     withoutBits();
     document.querySelectorAll(".block").forEach(explain);
     document.querySelector("button#start")?.setAttribute("aria-describedby", "reason-text");

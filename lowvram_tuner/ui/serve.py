@@ -7,7 +7,9 @@ from pathlib import Path
 import gradio as gr
 from starlette.middleware import Middleware
 
+from lowvram_tuner.chat.client import ChatClient
 from lowvram_tuner.ui import theme
+from lowvram_tuner.ui.data_check import DataCheck
 from lowvram_tuner.ui.desk import Desk
 from lowvram_tuner.ui.guard import RequestGuard, check_exposure
 from lowvram_tuner.ui.layout import build
@@ -24,10 +26,15 @@ def serve(
     browser: bool = True,
     block: bool = True,
     desk: Desk | None = None,
+    client: ChatClient | None = None,
+    check: DataCheck | None = None,
 ) -> tuple[gr.Blocks, str]:
-    """Serves the page over the runs in `runs`; returns it and its address (after it was closed, when `block`)."""
+    """Serves the page over the runs in `runs`; returns it and its address (after it was closed, when `block`).
+
+    `desk`, `client` and `check` are made from `runs` where they are not given.
+    """
     check_exposure(listen, share, auth)
-    page = build(desk or Desk(runs, local=not (listen or share)))
+    page = build(desk or Desk(runs, local=not (listen or share)), client, check)
     _, address, _ = page.launch(
         server_name="0.0.0.0" if listen else "127.0.0.1",
         server_port=port,

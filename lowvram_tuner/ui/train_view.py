@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from html import escape
@@ -84,6 +85,21 @@ def missing_data(dataset: str) -> str:
         there = False
     looks_like_id = dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) and not Path(dataset).suffix
     return "" if there or looks_like_id else f"There is no file or folder {dataset!r}; choose a dataset."
+
+
+def length_cost(desk: Desk, values: dict[str, Any], length: int) -> str:
+    """What another sequence length costs in memory, as words to append; "" when the planner cannot say."""
+    try:
+        config = to_config(values)
+        now, then = desk.answer(config).plan, desk.answer(dataclasses.replace(config, max_seq_length=length)).plan
+    except ConfigError:
+        return ""
+    if now is None or then is None:
+        return ""
+    more = then.process_bytes - now.process_bytes
+    if not then.fits:
+        return ", but do not fit"
+    return f" ({gb(abs(more))} {'more' if more > 0 else 'less'} memory)" if abs(more) >= 5e6 else ""
 
 
 def header_html(desk: Desk, state: dict[str, Any] | None) -> str:

@@ -57,6 +57,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if abs(value) < 10 ** (digits - 1) else f"{value:,.0f}"
 
 
+def count(number: int, thing: str) -> str:
+    """ "1 row", "312 rows"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def rate(tokens_per_s: float | None) -> str:
     return f"{number(tokens_per_s)} tokens/s" if tokens_per_s else ""
 
@@ -86,7 +91,7 @@ def situation(state: dict[str, Any] | None) -> str:
     if status == "training":
         return f"Training: step {steps(state)}. Stop saves and keeps everything up to here."
     if status == "saving":
-        return f"Saving: {_lower(message) or 'writing a checkpoint'}."
+        return f"Saving: {_lower(message) or 'writing a checkpoint'}. This takes a moment."
     if status == "stopped":
         return f"Stopped at step {steps(state)}. Everything up to there is kept; Resume goes on from it."
     if status == "finished":
