@@ -15,7 +15,7 @@ import torch
 
 from kernels.hadamard_matrices import hadamard_matrix, hadamard_order, sylvester_matrix
 
-LARGEST = 16384  # columns of a Sylvester factor that one program holds
+LARGEST = 8192  # columns of a Sylvester factor that one program holds, 82 KB of shared memory
 SMALLEST = 16  # the least that tl.dot multiplies
 ONE_PRODUCT = 128  # up to this size one product S_m is used
 
@@ -30,8 +30,8 @@ def rotate(
 ) -> torch.Tensor:
     """out = post * (U_n (pre * x)), or U_n.T with `transposed`; added to `out` when `add`.
 
-    x: [M, n], fp16, bf16 or fp32, rows contiguous. pre, post: fp32 [n]. out: [M, n], contiguous, default a new tensor of
-    x's dtype; out may be x. Raises ValueError for an n without a known Hadamard matrix.
+    x: [M, n], fp16, bf16 or fp32. pre, post: fp32 [n]. out: [M, n], default a new tensor of x's dtype; it may be x. Rows of
+    x and out are contiguous. Raises ValueError for an n without a known Hadamard matrix.
     """
     n = x.shape[1]
     if out is None:
@@ -134,5 +134,5 @@ def _multiply_dense(x: torch.Tensor, dense: int, transposed: bool, out: torch.Te
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h = _dense_on(n, transposed, x.dtype, x.device).expand(rows, dense, dense)
-    torch.bmm(h, x.unflatten(1, (dense, -1)), out=out.view(rows, dense, -1))
+    torch.bmm(h, x.unflatten(1, (dense, -1)), out=out.unflatten(1, (dense, -1)))
     return out

@@ -97,9 +97,6 @@ def _matrix_kernel(
         x = tl.load(
             x_ptr + line[:, None] * (groups * 8) + column, mask=(line[:, None] < batch) & (column < groups * 8), other=0.0
         )
-        if DTYPE == tl.float32:
-            y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
-        else:
-            y = tl.dot(x, tl.trans(w), y)
+        y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
     inside = (line[:, None] < batch) & (row[None, :] < rows)
     tl.store(out_ptr + line[:, None] * rows + row[None, :], y.to(DTYPE), mask=inside)
