@@ -5,6 +5,10 @@ Only safetensors and GGUF are accepted. Pickled weights run code when opened and
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,14 +67,46 @@ def locate(model: str, download: Callable[[str], Path] | None = None) -> Source:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with its chat template. The demo model needs no network."""
-    from transformers import AutoTokenizer
+    """The model's tokenizer with its chat template. The demo model needs no network.
 
+    A GGUF's tokenizer takes seconds and torch to read, so it is kept as tokenizer.json in the user's cache.
+    """
     source = locate(model)
+    kept = _kept_tokenizer(source)
     try:
-        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **source.hf_kwargs())
+        if kept and (kept / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(kept)
+        from transformers import AutoTokenizer  # brings torch with it
+
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **source.hf_kwargs())
+        if kept:
+            _keep(tokenizer, kept)
+        return tokenizer
     except (OSError, ValueError) as error:
         raise ConfigError(f"the tokenizer of model={model!r} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _kept_tokenizer(source: Source) -> Path | None:
+    """Where a GGUF's tokenizer is kept as tokenizer.json; None for other models."""
+    if not source.gguf:
+        return None
+    import transformers
+
+    file = (source.folder / source.gguf).stat()
+    mark = f"{source.folder / source.gguf} {file.st_size} {file.st_mtime_ns} {transformers.__version__}"
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+    return Path(home) / "lowvram-tuner" / "tokenizers" / hashlib.sha256(mark.encode()).hexdigest()[:20]
+
+
+def _keep(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves a tokenizer under a temporary name and renames it; without a place to write it is read anew each time."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        tokenizer.save_pretrained(temporary)
+        temporary.replace(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _in_folder(folder: Path, public_id: str) -> Source:
