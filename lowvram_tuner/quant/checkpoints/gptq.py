@@ -82,7 +82,7 @@ class GPTQReader(Reader):
         """(codes uint8 [in, out], groups)."""
         name = f"{module}.qweight"
         stored = self.files.checked(name, ("int32",), (None, None))
-        groups, rows = self.files.checked(f"{module}.scales", SCALES, (None, stored.shape[1])).shape
+        groups = self.files.checked(f"{module}.scales", SCALES, (None, stored.shape[1])).shape[0]
         if f"{module}.g_idx" in self.files:
             cols = len(self.files.checked(f"{module}.g_idx", ("int32", "int64"), (None,)))
         else:
