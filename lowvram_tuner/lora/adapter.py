@@ -87,7 +87,7 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     lora.inference_mode = True
     peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     first = next(m for m in model.modules() if isinstance(m, QuantLinear))
-    adapter = _flatten(peft_model, first.qweight.device, model.dtype)
+    adapter = _flatten(peft_model, next(iter(first.packed.values())).device, model.dtype)
     load_state(adapter, load_file(folder / "adapter_model.safetensors"))
     return peft_model.eval()
 

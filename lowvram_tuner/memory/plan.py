@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MB = 10**6
 GB = 10**9
 CONTEXT_BYTES = 430 * MB  # CUDA context, kernels and graphs of one process, as an H100's driver counts it
+WORKSPACE_BYTES = 2 * 8519680  # cuBLAS's own, one for each stream that multiplies; `train.session` sets its size
 DESKTOP_RESERVE = 300 * MB  # left for the desktop when the user names no budget
 COMPONENT_LABELS = {
     "weights": "model", "embeddings": "word table", "head": "output layer", "adapter": "adapter",
@@ -181,7 +182,7 @@ def _components(work: Work, choice: _Choice, saved: int, context: int) -> dict[s
         "activations": inputs + saved,
         "layer_work": layer_work,
         "loss": max(0, work.loss_bytes(scratch) - layer_work),  # the loss runs when no layer does
-        "scratch": scratch,
+        "scratch": scratch + (WORKSPACE_BYTES if work.item == 2 else 0),
         "context": context,
     }
 
@@ -216,7 +217,7 @@ def _plan(work: Work, choice: _Choice, budget: Budget, config: TrainConfig, rate
         head_bits=choice.head_bits,
         optimizer_on_host=choice.optimizer_on_host,
         optimizer_bits=choice.optimizer_bits,
-        scratch_bytes=components["scratch"],
+        scratch_bytes=_scratch_bytes(work, choice),
         mlp_chunk=choice.mlp_chunk,
         unpacked=choice.unpacked,
         item=work.item,

@@ -24,6 +24,7 @@ class QuantLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, fmt: QuantFormat, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.format = in_features, out_features, fmt
+        self.qweight = torch.empty(0)  # PEFT puts a new adapter where this lies: on the CPU, until it is made flat
         self.packed: dict[str, torch.Tensor] = {}
         self.scratch: Scratch | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -32,14 +33,9 @@ class QuantLinear(nn.Module):
         """Points the layer at its packed tensors and at the model's scratch."""
         self.packed, self.scratch = packed, scratch
 
-    @property
-    def qweight(self) -> torch.Tensor:
-        """The first packed tensor, by whose device PEFT places an adapter."""
-        return next(iter(self.packed.values()))
-
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """W [out, in], freshly allocated: for merging and tests, never used by a step."""
-        out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.qweight.device)
+        out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=next(iter(self.packed.values())).device)
         return self.format.dequantize(self.packed, out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -86,8 +82,9 @@ class _QuantLinear(torch.autograd.Function):
         base, s = ctx.base, ctx.scaling
         gy = grad.reshape(-1, grad.shape[-1])
         gx = gx_lora = ga = gb = None
-        if ctx.saved_tensors:
-            source, down, lora_a, lora_b = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: checkpointing recomputes at the first read and refuses a second
+        if saved:
+            source, down, lora_a, lora_b = saved
             up = gy @ lora_b.to(gy.dtype)  # [M, r]
             ga = (up.t() @ source).mul_(s).to(lora_a.dtype) if ctx.needs_input_grad[2] else None
             gb = (gy.t() @ down).mul_(s).to(lora_b.dtype) if ctx.needs_input_grad[3] else None
@@ -95,7 +92,7 @@ class _QuantLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gx = gy.new_zeros(gy.shape[0], base.in_features)
             base.format.grad_input(gy, base.packed, base.scratch, gx)
-            if ctx.saved_tensors and not ctx.with_dropout:
+            if saved and not ctx.with_dropout:
                 gx.addmm_(*lora, alpha=s)
             gx = gx.view(*grad.shape[:-1], -1)
         if ctx.with_dropout and ctx.needs_input_grad[1]:

@@ -18,6 +18,7 @@ import torch
 from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.data.packing import Batches, collate
 from lowvram_tuner.data.prepare import Prepared, prepare
+from lowvram_tuner.data.verdict import judge
 from lowvram_tuner.lora.adapter import save_adapter
 from lowvram_tuner.memory.plan import GB
 from lowvram_tuner.models.source import load_tokenizer
@@ -28,7 +29,6 @@ from lowvram_tuner.train.optimizer import learning_rate
 from lowvram_tuner.train.run_dir import RunDir
 from lowvram_tuner.train.session import Session, build, make_plan, memory_now, rebuild_leaner
 from lowvram_tuner.train.step import Batch, to_batch
-from lowvram_tuner.train.verdict import judge
 
 ANSWER_TOKENS = 64
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,8 +120,17 @@ def open_for_reading(config: TrainConfig, adapter: Path | None) -> tuple[FusedSt
 
 
 def cap_allocator(device: torch.device, plan: Plan) -> None:
-    """Caps PyTorch's allocator at the budget, so that a driver cannot silently spill into system memory."""
-    if device.type == "cuda" and plan.budget.limit_bytes:
+    """Caps PyTorch's allocator at the budget, so that a driver cannot silently spill into system memory.
+
+    Also has it grow segments in place, which leaves no gaps between them, and cuBLAS take 8 MB a stream instead of 32.
+    To be called before anything runs on the card.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    if sys.platform == "linux":
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    if plan.budget.limit_bytes:
         total = torch.cuda.get_device_properties(device).total_memory
         share = (plan.budget.limit_bytes - CONTEXT_BYTES) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.01)), device)

@@ -75,9 +75,10 @@ class HostInputs:
             self.host[layer][: x.shape[0]].copy_(x, non_blocking=True)
 
     def settle(self) -> None:
-        """Makes the current stream wait for the copies under way."""
-        torch.cuda.current_stream().wait_stream(self.stream)
-        self.leaving = None
+        """Makes the current stream wait for the copy under way, if there is one."""
+        if self.leaving is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.leaving = None
 
     def prefetch(self, layer: int, like: torch.Tensor) -> None:
         """Starts copying a layer's input back."""
