@@ -12,6 +12,7 @@ _FORMATS = {
     "int8": "lowvram_tuner.quant.int8:Int8",
     "gptq": "lowvram_tuner.quant.gptq:GPTQ",
     "hqq": "lowvram_tuner.quant.hqq:HQQ",
+    "quip": "lowvram_tuner.quant.quip:Quip",
 }
 _BITS = {"none": (16,), "nf4": (4,), "int8": (8,), "gptq": (2, 3, 4, 8), "hqq": (2, 3, 4, 8), "quip": (2, 3, 4)}
 _AUTO = {2: "quip", 3: "hqq", 4: "nf4", 8: "int8", 16: "none"}

@@ -37,6 +37,8 @@ class QuantSpec:
     sym: bool = True
     axis: int = 1  # hqq: groups run along a row (1) or down the rows (0)
     scale_dtype: str = "float16"  # of the stored scales (gptq, hqq); a checkpoint brings its own
+    residual_scale: float = 0.0  # quip at 3 and 4 bits: what the second layer is divided by; 0 is the format's own
+    part: tuple[int, int] = (0, 0)  # quip: (rows of the fused weight that this one is cut from, its first row); 0 rows: none
 
 
 @dataclass(frozen=True)
