@@ -71,7 +71,7 @@ class Form:
         bits.change(_methods_update, [bits, method], method, **raw)
         self.preset.input(self.preset_chosen, [self.preset, *self.inputs], self.inputs, **raw)
         self.upload.upload(lambda path: path or gr.skip(), self.upload, self.fields["dataset"], **{**quiet, "show_progress": "minimal"})
-        locked.change(self.lock, locked, self.inputs, **quiet)
+        locked.change(self.lock, locked, [*self.inputs, self.preset, self.upload], **quiet)
         return page.load(self.restore, None, self.inputs, **quiet)
 
     def values(self, values: Any) -> dict[str, Any]:
@@ -100,12 +100,12 @@ class Form:
     def lock(self, run_id: str) -> list[Any]:
         """During a run the controls show its settings and rest; afterwards they can be changed again."""
         if not run_id:
-            return [gr.update(interactive=True) for _ in self.names]
+            return [gr.update(interactive=True) for _ in range(len(self.names) + 2)]
         try:
             updates = self.show(self.desk.run(run_id).config())
         except ConfigError:
             updates = self.unchanged()
-        return [{**u, "interactive": False} for u in updates]
+        return [{**u, "interactive": False} for u in (*updates, gr.skip(), gr.skip())]
 
     def preset_chosen(self, preset: str, *values: Any) -> list[Any]:
         """A preset sets everything but the data, unless it names data itself."""

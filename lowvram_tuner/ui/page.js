@@ -32,8 +32,9 @@
     const group = document.querySelector("#bits");
     for (const name of group?.classList ?? []) {
       const radio = name.startsWith("without-") && group.querySelector(`input[value="${name.slice(8)}"]`);
-      if (radio && !radio.disabled) {
+      if (radio && !radio.closest("label").title) {
         radio.disabled = true;
+        radio.closest("label").classList.add("off");
         radio.closest("label").title = "Not available in this version";
       }
     }

@@ -53,18 +53,15 @@ class Series:
     smooth: bool = False
 
 
-def smoothed(points: list[tuple[float, float]], per_step: float = 0.85) -> list[tuple[float, float]]:
-    """Exponential running mean, corrected for its start, so that the first point is the first value.
-
-    `per_step` is the weight of the past from one step to the next; points further apart (already averaged) keep less of it.
-    """
-    spacing = (points[-1][0] - points[0][0]) / (len(points) - 1) if len(points) > 1 else 1.0
-    weight = per_step ** max(1.0, spacing)
-    mean, total, found = 0.0, 0.0, []
-    for step, value in points:
-        mean = weight * mean + (1 - weight) * value
-        total = weight * total + (1 - weight)
-        found.append((step, mean / total))
+def smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Mean of each point with as many neighbours on either side, fewer towards the ends: it neither lags nor shifts."""
+    sums = [0.0]
+    for _, value in points:
+        sums.append(sums[-1] + value)
+    most, last, found = 2 + len(points) // 20, len(points) - 1, []
+    for i, (step, _) in enumerate(points):
+        half = min(most, i, last - i)
+        found.append((step, (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)))
     return found
 
 

@@ -82,7 +82,7 @@ def _progress_label(state: dict[str, Any]) -> str:
 
 
 def _figures(state: dict[str, Any]) -> str:
-    items = [("step", steps(state))]
+    items = [("step", steps(state))] if state.get("step") or state.get("status") == "training" else []
     progress = state.get("progress") or {}
     if state.get("status") in ("preparing", "checking", "saving") and progress.get("total"):
         items = [("done", _progress_label(state))]

@@ -73,9 +73,9 @@ class TrainTab:
 
     def _run(self) -> None:
         with gr.Row(elem_id="buttons", equal_height=True):
-            self.start = gr.Button("Start training", variant="primary", elem_id="start", interactive=False, scale=0, min_width=170)
-            self.stop = gr.Button("Stop and save", variant="stop", elem_id="stop", visible=False, scale=0, min_width=140)
-            self.resume = gr.Button("Resume", elem_id="resume", visible=False, scale=0, min_width=140)
+            self.start = gr.Button("Start training", variant="primary", size="md", elem_id="start", interactive=False, scale=0, min_width=170)
+            self.stop = gr.Button("Stop and save", variant="stop", size="md", elem_id="stop", visible=False, scale=0, min_width=150)
+            self.resume = gr.Button("Resume", size="md", elem_id="resume", visible=False, scale=0, min_width=190)
             self.html["reason"] = gr.HTML("", elem_id="start-reason")
         for part, elem_id in (("title", "run-title"), ("progress", "progress"), ("plot", "loss-plot")):
             self.html[part] = gr.HTML("", elem_id=elem_id)

@@ -85,13 +85,13 @@ def situation(state: dict[str, Any] | None) -> str:
         return "Idle. Choose, look at the gauge, press Start."
     status, message = state.get("status"), (state.get("message") or "").rstrip(". ")
     if status == "preparing":
-        return f"Preparing: {_lower(message) or 'starting'}. You can stop now without losing anything."
+        return f"{_saying('Preparing', message or 'starting')}. You can stop now without losing anything."
     if status == "checking":
-        return f"Checking the fit: {_lower(message) or 'one worst-case step is measured'}."
+        return f"{_saying('Checking the fit', message or 'one worst-case step is measured')}."
     if status == "training":
         return f"Training: step {steps(state)}. Stop saves and keeps everything up to here."
     if status == "saving":
-        return f"Saving: {_lower(message) or 'writing a checkpoint'}. This takes a moment."
+        return f"{_saying('Saving', message or 'writing a checkpoint')}. This takes a moment."
     if status == "stopped":
         return f"Stopped at step {steps(state)}. Everything up to there is kept; Resume goes on from it."
     if status == "finished":
@@ -120,6 +120,11 @@ def _failure(state: dict[str, Any]) -> str:
 def _sentence(text: str) -> str:
     text = text.strip()
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def _saying(doing: str, message: str) -> str:
+    """What is done, and more exactly what; a message that says both itself stands alone."""
+    return message if message.lower().startswith(doing.lower()) else f"{doing}: {_lower(message)}"
 
 
 def _lower(text: str) -> str:

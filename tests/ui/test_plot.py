@@ -49,13 +49,14 @@ def test_a_resume_replaces_the_steps_it_repeats():
     assert c.all()[-1] == (51, 9.0)
 
 
-def test_smoothing_starts_at_the_first_value_and_follows_without_a_long_lag():
+def test_smoothing_keeps_the_ends_does_not_lag_and_quiets_noise():
     falling = [(float(s), 10.0 - 9.0 * s / 1000) for s in range(1, 1001)]
-    line = smoothed(falling)
-    assert line[0] == falling[0]
-    assert line[-1][1] == pytest.approx(falling[-1][1], abs=0.06)
-    thinned = falling[::20]
-    assert smoothed(thinned)[-1][1] == pytest.approx(thinned[-1][1], abs=0.02)
+    assert [v for _, v in smoothed(falling)] == pytest.approx([v for _, v in falling], abs=1e-9)
+    noisy = [(float(s), 2.0 + (-1) ** s) for s in range(1, 201)]
+    line = smoothed(noisy)
+    assert line[0] == noisy[0] and line[-1] == noisy[-1]
+    assert max(abs(v - 2.0) for _, v in line[20:-20]) < 0.1
+    assert smoothed([]) == []
 
 
 def test_the_x_axis_spans_the_whole_run_from_its_first_step():
