@@ -44,35 +44,34 @@ def read_json(path: Path, encoding: Encoding, offset: int = 0, number: int = 1) 
 
 
 def has_lines(path: Path, encoding: Encoding) -> bool:
-    """Whether every line of the file is a row of its own (JSONL)."""
-    first, alone = _first_line(path, encoding)
-    return first is not None and _is_line_of_rows(first, alone)
-
-
-def _first_line(path: Path, encoding: Encoding) -> tuple[bytes | None, bool]:
-    """The first line that is not empty (None when too long to hold), and whether it is the only one."""
-    first = None
-    for line in read_lines(path, encoding):
-        if line.data is None:
-            return (first, False) if first is not None else (None, True)
-        data = line.data.removeprefix(codecs.BOM_UTF8).strip()
-        if data and first is not None:
-            return first, False
-        first = data or first
-    return first or b"", True
-
-
-def _is_line_of_rows(first: bytes, alone: bool) -> bool:
-    """Whether the file is JSONL: its first line is a whole value and not the last, or is broken as only a line can be."""
+    """Whether every line of the file is a row of its own (JSONL), by its first two lines that are not empty."""
+    first, second = _first_lines(path, encoding)
+    if first is None or first[:1] == b"{":
+        if second[:1] == b"{":
+            return True
+        if first is None:
+            return False
     try:
         error = parse_json(first.decode("utf-8"))[1]
     except UnicodeDecodeError:
         return True
     if error is None:
-        return not alone
+        return bool(second)
     if first[:1] == b"{":  # an indented object breaks its lines between values, never inside a string
         return error[0] != "cut_off" or "string" in error[1]
     return first[:1] != b"["
+
+
+def _first_lines(path: Path, encoding: Encoding) -> tuple[bytes | None, bytes]:
+    """The first two lines that are not empty; b'' beyond the end. One too long to hold is None, and b'?' as the second."""
+    found: list[bytes | None] = []
+    for line in read_lines(path, encoding):
+        data = None if line.data is None else line.data.removeprefix(codecs.BOM_UTF8).strip()
+        if data != b"":
+            found.append(data)
+        if len(found) == 2:
+            break
+    return (found[0] if found else b""), (found[1] or b"?" if len(found) == 2 else b"")
 
 
 def _object(stream: _Stream) -> Iterator[Record]:

@@ -84,8 +84,7 @@ def report(config: TrainConfig) -> dict[str, Any]:
 def _key(config: TrainConfig, template: Template, sources: list[Source]) -> str:
     """sha256 of everything that shapes the cached examples."""
     settings = [
-        VERSION, config.max_seq_length, config.train_on, config.system_prompt, config.columns, template.source,
-        hashlib.sha256(template.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        VERSION, config.max_seq_length, config.train_on, config.system_prompt, config.columns, template.identity,
         [(s.name, s.kind, s.digest()) for s in sources],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()

@@ -19,6 +19,7 @@ template writes one.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -95,10 +96,15 @@ class Template:
         self._lost: set[str] = set()
         self._probe()
 
+    @cached_property
+    def serialized(self) -> str:
+        """The tokenizer without its template, as JSON."""
+        return self.tokenizer.backend_tokenizer.to_str()
+
     @property
-    def source(self) -> str:
-        """The template's text, for fingerprints."""
-        return str(self.tokenizer.chat_template)
+    def identity(self) -> tuple[str, str]:
+        """What decides which tokens a conversation becomes, for fingerprints."""
+        return str(self.tokenizer.chat_template), hashlib.sha256(self.serialized.encode()).hexdigest()
 
     def _probe(self) -> None:
         user, answer = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}
@@ -200,7 +206,7 @@ class Template:
         """A private copy of the Rust tokenizer: no padding, no truncation, offsets that include a token's leading space."""
         from tokenizers import Tokenizer, processors
 
-        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        backend = Tokenizer.from_str(self.serialized)
         backend.no_padding()
         backend.no_truncation()
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
