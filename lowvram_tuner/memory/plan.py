@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lowvram_tuner.config import ConfigError, TrainConfig
+from lowvram_tuner.hardware.measured import measured
 from lowvram_tuner.memory.estimate import Work, optimizer_bytes
 from lowvram_tuner.models.catalogue import ModelShape
 from lowvram_tuner.quant.registry import methods, resolve
@@ -22,14 +23,28 @@ if TYPE_CHECKING:
 
 MB = 10**6
 GB = 10**9
-CONTEXT_BYTES = 430 * MB  # CUDA context, kernels and graphs of one process, as an H100's driver counts it
+CONTEXT_BYTES = 450 * MB  # CUDA's context of one process until a card's own was measured (`hardware.measured`)
+ROUNDING_BYTES = 48 * MB  # the allocator's: blocks of 512 bytes, segments of 2 to 20 MB
 WORKSPACE_BYTES = 2 * 8519680  # cuBLAS's own, one for each stream that multiplies; `train.session` sets its size
+RAM_PROCESS_BYTES = 350 * MB  # Python, torch and transformers on a machine without a card
 DESKTOP_RESERVE = 300 * MB  # left for the desktop when the user names no budget
 COMPONENT_LABELS = {
     "weights": "model", "embeddings": "word table", "head": "output layer", "adapter": "adapter",
     "gradients": "gradients", "optimizer": "optimizer", "activations": "kept activations", "layer_work": "one layer's work",
     "loss": "loss", "scratch": "unpacking buffer", "context": "CUDA itself",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a card does per second. The defaults are a 6 GB laptop card's, until a card's own were measured."""
+
+    flops: float = 20e12
+    copy_bytes: float = 250e9
+    host_bytes: float = 8e9
+
+
+CPU_RATES = Rates(flops=60e9, copy_bytes=10e9, host_bytes=10e9)  # two laptop cores
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,8 @@ class Budget:
     others_bytes: int
     limit_bytes: int
     kind: str  # "vram" or "ram"
+    context_bytes: int = CONTEXT_BYTES
+    rates: Rates = Rates()
 
     @classmethod
     def of(cls, config: TrainConfig, card: Card | None, ram: Ram | None = None) -> Budget:
@@ -49,16 +66,11 @@ class Budget:
         else:
             total, free, kind = card.total_bytes, card.free_bytes, "vram"
         limit = int(config.vram_gb * GB) if config.vram_gb and kind == "vram" else max(0, free - DESKTOP_RESERVE)
-        return cls(total, total - free, limit, kind)
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a card does per second. The defaults are a 6 GB laptop card's; `hardware` caches the measured ones."""
-
-    flops: float = 20e12
-    copy_bytes: float = 250e9
-    host_bytes: float = 8e9
+        if card is None:
+            return cls(total, total - free, limit, kind, RAM_PROCESS_BYTES, CPU_RATES)
+        known = measured(card.uuid)
+        rates = Rates(**{k: known[k] for k in ("flops", "copy_bytes", "host_bytes") if k in known})
+        return cls(total, total - free, limit, kind, int(known.get("context_bytes", CONTEXT_BYTES)), rates)
 
 
 @dataclass(frozen=True)
@@ -125,12 +137,26 @@ class _Choice:
 
 def plan_run(config: TrainConfig, shape: ModelShape, budget: Budget, rates: Rates | None = None) -> Plan:
     """The fastest plan of a config on a budget; `fits` is False when even the leanest does not."""
+    rates = rates or budget.rates
     work = _work(config, shape, budget)
-    for choice in _sacrifices(work, budget):
-        plan = _plan(work, choice, budget, config, rates or Rates())
-        if plan.fits:
-            return _spend(work, choice, plan, config, rates or Rates())
+    choices = _sacrifices(work, budget)
+    plans = [_plan(work, choice, budget, config, rates) for choice in choices]
+    fitting = [_spend(work, c, p, config, rates) for c, p in zip(choices, plans) if p.fits]
+    if fitting:  # a head at fewer bits costs quality, so it is never the price of speed
+        return min((p for p in fitting if p.head_bits == fitting[0].head_bits), key=lambda p: p.step_s)
+    leanest = _streaming(work, choices[-1], plans[-1])
+    plan = _plan(work, leanest, budget, config, rates)
+    if plan.fits:
+        return _spend(work, leanest, plan, config, rates)
     return replace(plan, remedies=_remedies(config, shape, budget), words=(_too_big(plan),))
+
+
+def _streaming(work: Work, choice: _Choice, plan: Plan) -> _Choice:
+    """`choice` with as few layers streamed as make up for what does not fit; two more pay for the ring's slots."""
+    if plan.budget.kind == "ram":
+        return choice
+    over = plan.process_bytes - plan.budget.limit_bytes
+    return replace(choice, streamed=min(work.shape.num_hidden_layers, 2 + -(-over // work.layer_bytes())))
 
 
 def _work(config: TrainConfig, shape: ModelShape, budget: Budget) -> Work:
@@ -156,10 +182,11 @@ def _sacrifices(work: Work, budget: Budget) -> list[_Choice]:
             if methods(bits):
                 then(head_bits=bits)
     then(optimizer_on_host=True)
-    then(scratch_rows=0.5, mlp_chunk=4096)
-    then(scratch_rows=0.25, mlp_chunk=1024)
-    for streamed in range(2, work.shape.num_hidden_layers + 1):
-        then(streamed=streamed)
+    then(scratch_rows=0.5)
+    then(scratch_rows=0.25)
+    if work.tokens > 1024:
+        steps = [replace(s, mlp_chunk=c) for s in steps for c in (1 << 30, 4096, 2048) if c == 1 << 30 or c < work.tokens]
+        then(mlp_chunk=1024)
     return steps
 
 
@@ -183,7 +210,7 @@ def _components(work: Work, choice: _Choice, saved: int, context: int) -> dict[s
         "layer_work": layer_work,
         "loss": max(0, work.loss_bytes(scratch) - layer_work),  # the loss runs when no layer does
         "scratch": scratch + (WORKSPACE_BYTES if work.item == 2 else 0),
-        "context": context,
+        "context": context + (ROUNDING_BYTES if work.item == 2 else 0),
     }
 
 
@@ -198,10 +225,8 @@ def _scratch_bytes(work: Work, choice: _Choice) -> int:
 
 
 def _plan(work: Work, choice: _Choice, budget: Budget, config: TrainConfig, rates: Rates, all_: int = 0, attention: int = 0) -> Plan:
-    saved = all_ * (work.saved_bytes("all") - work.saved_bytes("input"))
-    saved += attention * (work.saved_bytes("attention") - work.saved_bytes("input"))
-    context = CONTEXT_BYTES if budget.kind == "vram" else 350 * MB
-    components = _components(work, choice, saved, context)
+    saved = all_ * _extra(work, choice, "all") + attention * _extra(work, choice, "attention")
+    components = _components(work, choice, saved, budget.context_bytes)
     return Plan(
         fits=sum(components.values()) <= budget.limit_bytes,
         components=components,
@@ -224,16 +249,21 @@ def _plan(work: Work, choice: _Choice, budget: Budget, config: TrainConfig, rate
     )
 
 
+def _extra(work: Work, choice: _Choice, level: str) -> int:
+    """Bytes that a layer of that level takes beyond one that keeps its input: its input too, where others put theirs away."""
+    return work.saved_bytes(level) - (0 if choice.inputs_on_host else work.saved_bytes("input"))
+
+
 def _spend(work: Work, choice: _Choice, plan: Plan, config: TrainConfig, rates: Rates) -> Plan:
     """Buys stored activations with the room left: whole layers first (most time saved per byte), then attention's output."""
     n = work.shape.num_hidden_layers
     room = plan.budget.limit_bytes - plan.process_bytes
     if plan.budget.kind == "ram":
         room = int(room * 0.5)  # host memory is shared with everything else
-    extra = work.saved_bytes("all") - work.saved_bytes("input")
+    extra = _extra(work, choice, "all")
     all_ = min(n, max(0, room // extra))
     room -= all_ * extra
-    attention = min(n - all_, max(0, room // (work.saved_bytes("attention") - work.saved_bytes("input"))))
+    attention = min(n - all_, max(0, room // _extra(work, choice, "attention")))
     return _plan(work, choice, plan.budget, config, rates, all_, attention)
 
 
@@ -261,14 +291,17 @@ def _step_seconds(work: Work, choice: _Choice, config: TrainConfig, rates: Rates
     o_proj = linears["o_proj"][0] * linears["o_proj"][1]
     packed = work.spec.method != "none"
 
-    def seconds(parameters: float) -> float:
-        unpack = parameters * (2 + work.spec.bits / 8) / rates.copy_bytes if packed else 0.0
+    def seconds(parameters: float, times: int = 1) -> float:
+        unpack = times * parameters * (2 + work.spec.bits / 8) / rates.copy_bytes if packed else 0.0
         return 2 * parameters * t / rates.flops + unpack
 
     n = s.num_hidden_layers
-    forward = n * seconds(per_layer)
+    mlp = sum(linears[k][0] * linears[k][1] for k in ("gate_proj", "up_proj", "down_proj"))
+    again_times = max(0, -(-t // choice.mlp_chunk) - 1)  # chunks of tokens unpack the MLP's weights again
+    chunked = (n - all_) * again_times * (seconds(mlp) - seconds(mlp, 0))
+    forward = n * seconds(per_layer) + chunked
     again = (n - all_) * seconds(recomputed) + (n - all_ - attention) * seconds(o_proj)
-    backward = n * seconds(per_layer) + again
+    backward = n * seconds(per_layer) + again + 2 * chunked
     transfer = choice.streamed * work.layer_bytes() / rates.host_bytes
     passes = max(forward, transfer) + max(backward, transfer)
     elementwise = n * t * (12 * s.hidden_size + 6 * s.intermediate_size) * 2 * work.item / rates.copy_bytes
@@ -323,4 +356,6 @@ def _fits(config: TrainConfig, remedy: Remedy, shape: ModelShape, budget: Budget
         return False
     work = _work(changed, shape, budget)
     leanest = _sacrifices(work, budget)[-1]
-    return sum(_components(work, leanest, 0, CONTEXT_BYTES).values()) <= budget.limit_bytes
+    if budget.kind == "vram":
+        leanest = replace(leanest, streamed=shape.num_hidden_layers)
+    return sum(_components(work, leanest, 0, budget.context_bytes).values()) <= budget.limit_bytes

@@ -16,16 +16,15 @@ import torch
 
 from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.hardware.card import read_card
-from lowvram_tuner.hardware.ram import read_ram
 from lowvram_tuner.lora.adapter import attach
-from lowvram_tuner.memory.plan import GB, Budget, Plan, plan_run
+from lowvram_tuner.memory.plan import GB, Plan
 from lowvram_tuner.models.catalogue import shape_of
 from lowvram_tuner.models.load import Loaded, config_values, load_model, random_model
 from lowvram_tuner.models.precision import pick_device, pick_dtype
 from lowvram_tuner.quant.registry import resolve
 from lowvram_tuner.train.graph import CapturedStep
 from lowvram_tuner.train.optimizer import Optimizer
-from lowvram_tuner.train.session import cap_allocator
+from lowvram_tuner.train.session import cap_allocator, make_plan
 from lowvram_tuner.train.step import FusedStep, to_batch
 
 
@@ -33,7 +32,7 @@ def bench(config: TrainConfig, steps: int = 10, random_weights: bool = False, ca
     """Trains `steps` micro-batches of random tokens at full length, every position a target. Returns `bench`'s JSON keys."""
     device = pick_device()
     used_before = _used_bytes()
-    plan = plan_run(config, shape_of(config.model), Budget.of(config, read_card(), read_ram()))
+    plan = make_plan(config)
     cap_allocator(device, plan)
     started = time.perf_counter()
     loaded = _load(config, plan, device, random_weights)

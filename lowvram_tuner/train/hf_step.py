@@ -30,7 +30,7 @@ class TransformersStep:
         with torch.enable_grad():
             rows = self._rows(batch, requires_grad=True)
         total, gradient = head_loss(rows.detach() * self.logit_scale, batch.labels, self.head)
-        rows.backward(gradient * (scale * self.logit_scale).to(gradient.dtype))
+        rows.backward(gradient * (scale * self.logit_scale))
         return total
 
     @torch.no_grad()

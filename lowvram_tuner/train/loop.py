@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.data.packing import Batches, collate
@@ -51,6 +52,7 @@ class Progress:
 
 def run_training(config: TrainConfig, run: RunDir, reporter: Reporter, resume: bool = False) -> dict[str, Any]:
     """Trains a run in its folder. Returns the JSON keys of the command `train`."""
+    set_seed(config.seed)  # dropout's masks
     reporter.status("preparing", "Reading the data.")
     tokenizer = load_tokenizer(config.model)
     prepared = prepare(config, tokenizer, lambda what, done, total, unit: reporter.status("preparing", f"{what}.", done, total, unit))
@@ -153,7 +155,7 @@ class _Run:
         p.epoch, p.position = group[-1].after
         p.tokens += targets
         tokens = sum(b.tokens for b in group)
-        now, peak = memory_now(self.session.device)
+        now, peak = memory_now(self.session.device, self.session.plan.budget.context_bytes)
         self.seconds = seconds if p.step < 3 else 0.9 * getattr(self, "seconds", seconds) + 0.1 * seconds
         self.reporter.step(
             p.step, epoch=p.step / self.steps_per_epoch, loss=self.loss, learning_rate=rate, grad_norm=norm, tokens=tokens,
@@ -192,8 +194,10 @@ class _Run:
         p = self.progress
         self.reporter.status("saving", f"Saving step {p.step}.")
         tensors, numbers = self.session.state()
-        tensors["rng"] = torch.get_rng_state()
-        meta = {"progress": vars(p), "optimizer": numbers, "config": self.config.to_dict(), "fingerprint": self.prepared.fingerprint}
+        meta = {
+            "progress": vars(p), "optimizer": numbers, "random": checkpoints.random_state(tensors),
+            "config": self.config.to_dict(), "fingerprint": self.prepared.fingerprint,
+        }  # fmt: skip
         path = checkpoints.save(self.run.checkpoints / f"step-{p.step}", tensors, meta)
         if best is not None:
             checkpoints.mark_best(path, best)
@@ -222,7 +226,7 @@ class _Run:
         tensors, meta = checkpoints.load(path)
         checkpoints.require_same_run(meta, self.config, self.prepared.fingerprint)
         self.session.restore(tensors, meta["optimizer"])
-        torch.set_rng_state(tensors["rng"])
+        checkpoints.set_random_state(meta["random"], tensors)
         self.progress = Progress(**meta["progress"])
 
     def _check_fit(self) -> None:
@@ -237,7 +241,7 @@ class _Run:
             except torch.OutOfMemoryError:
                 self._make_leaner()
         steps = self.total * self.config.gradient_accumulation_steps
-        peak = memory_now(self.session.device)[1]
+        peak = memory_now(self.session.device, self.session.plan.budget.context_bytes)[1]
         spare = (self.session.plan.budget.limit_bytes - peak) / GB
         self.reporter.note(f"It fits with {max(spare, 0):.1f} GB to spare. About {_duration(seconds * steps)} at most.")
         self.reporter.planned(self.total, self.session.plan.process_bytes)

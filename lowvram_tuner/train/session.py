@@ -20,7 +20,8 @@ from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.hardware.card import process_bytes, read_card
 from lowvram_tuner.hardware.ram import read_ram
 from lowvram_tuner.lora.adapter import Adapter, attach, load_adapter, load_state
-from lowvram_tuner.memory.plan import CONTEXT_BYTES, GB, Budget, Plan, plan_run
+from lowvram_tuner.memory.calibrate import measure
+from lowvram_tuner.memory.plan import GB, Budget, Plan, plan_run
 from lowvram_tuner.models.catalogue import ModelShape, shape_of
 from lowvram_tuner.models.load import Loaded, chat_plan, hub_shape, load_model
 from lowvram_tuner.models.precision import pick_device, pick_dtype
@@ -70,7 +71,10 @@ def shape_for(model: str) -> ModelShape:
 def make_plan(config: TrainConfig, limit: int | None = None) -> Plan:
     """The plan for this machine as it is now; `limit` replaces the budget in bytes. ConfigError when nothing fits."""
     device = pick_device()
-    budget = Budget.of(config, read_card() if device.type == "cuda" else None, read_ram())
+    card = read_card() if device.type == "cuda" else None
+    if card:
+        measure(card, pick_dtype(device, config.precision))
+    budget = Budget.of(config, card, read_ram())
     if limit is not None:
         budget = replace(budget, limit_bytes=limit)
     plan = plan_run(config, shape_for(config.model), budget)
@@ -132,19 +136,19 @@ def cap_allocator(device: torch.device, plan: Plan) -> None:
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     if plan.budget.limit_bytes:
         total = torch.cuda.get_device_properties(device).total_memory
-        share = (plan.budget.limit_bytes - CONTEXT_BYTES) / total
+        share = (plan.budget.limit_bytes - plan.budget.context_bytes) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.01)), device)
 
 
-def memory_now(device: torch.device) -> tuple[int, int]:
-    """(now, peak) bytes of this process: on the card with CUDA's own share, else in RAM."""
+def memory_now(device: torch.device, context: int) -> tuple[int, int]:
+    """(now, peak) bytes of this process: on the card with CUDA's own share `context`, else in RAM."""
     if device.type != "cuda":
         import psutil
 
         now = psutil.Process().memory_info().rss
         return now, now
-    now = process_bytes(os.getpid()) or torch.cuda.memory_reserved(device) + CONTEXT_BYTES
-    return now, max(now, torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES)
+    now = process_bytes(os.getpid()) or torch.cuda.memory_reserved(device) + context
+    return now, max(now, torch.cuda.max_memory_reserved(device) + context)
 
 
 def free_memory() -> None:
