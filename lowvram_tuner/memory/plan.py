@@ -144,10 +144,13 @@ def plan_run(config: TrainConfig, shape: ModelShape, budget: Budget, rates: Rate
     fitting = [_spend(work, c, p, config, rates) for c, p in zip(choices, plans) if p.fits]
     if fitting:  # a head at fewer bits costs quality, so it is never the price of speed
         return min((p for p in fitting if p.head_bits == fitting[0].head_bits), key=lambda p: p.step_s)
-    leanest = _streaming(work, choices[-1], plans[-1])
-    plan = _plan(work, leanest, budget, config, rates)
-    if plan.fits:
-        return _spend(work, leanest, plan, config, rates)
+    lean = [(c, p) for c, p in zip(choices, plans) if p.head_bits == plans[-1].head_bits and c.optimizer_on_host]
+    streaming = [_streaming(work, c, p) for c, p in lean or [(choices[-1], plans[-1])]]
+    plans = [_plan(work, choice, budget, config, rates) for choice in streaming]
+    fitting = [_spend(work, c, p, config, rates) for c, p in zip(streaming, plans) if p.fits]
+    if fitting:
+        return min(fitting, key=lambda p: p.step_s)
+    plan = plans[-1]
     return replace(plan, remedies=_remedies(config, shape, budget), words=(_too_big(plan),))
 
 
