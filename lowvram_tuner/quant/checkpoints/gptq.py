@@ -140,7 +140,7 @@ class GPTQWriter(Writer):
             raise QuantError(f"{module} of {rows}x{cols} cannot be stored as GPTQ at {spec.bits} bits; both must be multiples of 32.")
         scales = weight.packed["scales"].cpu().t().contiguous()
         zeros = weight.packed["qzeros"].cpu().t() if "qzeros" in weight.packed else torch.full(scales.shape, 1 << spec.bits - 1)
-        fields = zeros.to(torch.int32) - (self.layout == "gptq") & (1 << spec.bits) - 1
+        fields = zeros.to(torch.int32) - int(self.layout == "gptq") & (1 << spec.bits) - 1
         codes = packing.unpack(weight.packed["qweight"].cpu(), spec.bits, cols)
         size = cols if spec.group_size == -1 else spec.group_size
         g_idx = weight.packed["g_idx"].cpu() if "g_idx" in weight.packed else (torch.arange(cols) // size).to(torch.int32)
