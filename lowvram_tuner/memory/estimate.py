@@ -14,7 +14,8 @@ from lowvram_tuner.quant.registry import quant_format, resolve
 from lowvram_tuner.quant.spec import QuantSpec
 
 ALIGN = 512  # the caching allocator rounds every block up to this
-CPU_TILE = 64 * 2**20
+HEAD_NORM_FAMILIES = ("qwen3",)  # q and k are normed per head, and kept before and after
+VOCABULARY_TILE = 16384  # rows of a head that needs no dequantizing met at a time
 LOSS_ROWS = 2048  # rows of hidden states that meet one tile of the head at a time
 
 
@@ -62,39 +63,56 @@ class Work:
             return 0 if self.shape.tie_word_embeddings else self.embedding_bytes()
         return linear_bytes(resolve(bits), ((self.shape.vocab_size, self.shape.hidden_size),))
 
+    @property
+    def rotated(self) -> int:
+        """Values of q and k a token that exist twice, before and after their norm: Q + KV where a family has it, else 0."""
+        return self.q + self.kv if self.shape.family in HEAD_NORM_FAMILIES else 0
+
     def saved_bytes(self, level: str) -> int:
         """What one layer keeps from forward to backward.
 
         input: x = T H. attention: + attention's output T Q, its log-sum-exp T heads (fp32) and the residual T H.
-        all: + q, k, v = T (Q + 2 KV), gate and up = T 2 I.
+        all: + q, k, v = T (Q + 2 KV), their rotated copies, gate and up = T 2 I.
         """
         s, t = self.shape, self.tokens
         size = t * s.hidden_size * self.item
         if level in ("attention", "all"):
             size += t * (self.q + s.hidden_size) * self.item + t * s.num_attention_heads * 4
         if level == "all":
-            size += t * (self.q + 2 * self.kv + 2 * s.intermediate_size) * self.item
+            size += t * (self.q + 2 * self.kv + self.rotated + 2 * s.intermediate_size) * self.item
         return size
 
-    def work_bytes(self, mlp_chunk: int) -> int:
-        """The most that the backward of one layer holds beyond what was saved: the larger of its two halves.
+    def kept_work_bytes(self) -> int:
+        """The backward of a layer that kept everything: MLP T (2 H + I), or attention less the gate and up it has freed."""
+        s = self.shape
+        mlp = 2 * s.hidden_size + s.intermediate_size
+        attention = s.hidden_size + self._attention_gradients() - 2 * s.intermediate_size
+        return self.tokens * max(mlp, attention) * self.item
 
-        MLP (C tokens at a time): gate, up and their product 3 C I, input and its gradient 2 C H, beside q k v, attention
-        output, residual and two gradients. Attention: q k v and their gradients, output and its gradient, and what flash
-        attention's backward holds (fp32 accumulator of dq, dk and dv for every head).
+    def recompute_work_bytes(self, mlp_chunk: int) -> int:
+        """The backward of a layer that computes everything again, beyond its input: the larger of its two halves.
+
+        MLP, C tokens at a time: C (H + 3 I) beside gradient, residual, attention output, q k v = T (2 H + Q + Q + 2 KV).
+        Attention: gradient, q k v and output = T (H + 2 Q + 2 KV) and what its own backward holds.
         """
-        s, t, c = self.shape, self.tokens, min(mlp_chunk, self.tokens)
-        h = s.hidden_size
-        qkv = t * (self.q + 2 * self.kv)
-        mlp = self.item * (t * (3 * h + self.q) + qkv + c * (3 * s.intermediate_size + 2 * h))
-        attention = self.item * (t * (4 * h + 3 * self.q) + 2 * qkv) + t * self.q * 8
-        return max(mlp, attention)
+        s, c = self.shape, min(mlp_chunk, self.tokens)
+        h, qkv = s.hidden_size, self.q + 2 * self.kv + self.rotated
+        mlp = self.tokens * (2 * h + self.q + qkv) + c * (h + 3 * s.intermediate_size)
+        attention = self.tokens * (h + self.q + qkv + self._attention_gradients())
+        return max(mlp, attention) * self.item
+
+    def _attention_gradients(self) -> int:
+        """Values a token in attention's backward: the output's gradient Q, dq, dk and dv of every head 3 Q, an fp32
+        accumulator (2 Q at 16 bit), and dk, dv summed over the groups 2 KV."""
+        return self.q + 3 * self.q + 2 * self.q + 2 * self.kv
 
     def loss_bytes(self, scratch: int) -> int:
-        """Hidden states, their fp32 gradient accumulator, label rows (10 bytes a value), and one tile of logits twice."""
+        """Hidden states, normed and label rows, the fp32 accumulator: T H (4 items + 4 bytes); then the larger of one tile
+        of logits with its product, and the final gradient's fp32 temporaries."""
         h, rows = self.shape.hidden_size, min(self.tokens, LOSS_ROWS)
-        tile = min(self.shape.vocab_size, max(1, scratch // (h * self.item)))
-        return self.tokens * h * (4 + 3 * self.item) + rows * tile * (self.item + 4)
+        tile = min(self.shape.vocab_size, max(1, scratch // (h * self.item)) if scratch else VOCABULARY_TILE)
+        tiles = rows * (tile + h) * self.item + self.tokens * h * self.item
+        return self.tokens * h * (4 * self.item + 4) + max(tiles, self.tokens * h * (8 + self.item))
 
 
 def linear_bytes(spec: QuantSpec, shapes: tuple[tuple[int, int], ...]) -> int:

@@ -18,6 +18,8 @@ from lowvram_tuner.models.catalogue import ModelShape
 from lowvram_tuner.quant.registry import methods, resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lowvram_tuner.hardware.card import Card
     from lowvram_tuner.hardware.ram import Ram
 
@@ -193,14 +195,24 @@ def _sacrifices(work: Work, budget: Budget) -> list[_Choice]:
     return steps
 
 
-def _components(work: Work, choice: _Choice, saved: int, context: int) -> dict[str, int]:
+def _components(work: Work, choice: _Choice, context: int, all_: int = 0, attention: int = 0) -> dict[str, int]:
+    """Bytes of every part. The layers that keep everything are the last: their backward is over, and their memory free,
+    before the first layer computes again. So the peak is the larger of two moments: the loss with everything kept, and the
+    first recomputing layer."""
     s = work.shape
     resident = s.num_hidden_layers - choice.streamed + (2 if choice.streamed else 0)
     parameters = work.adapter_parameters()
     unpacked = work.item * sum(o * i for o, i in s.linears().values())
     scratch = _scratch_bytes(work, choice)
-    inputs = (3 if choice.inputs_on_host else s.num_hidden_layers + 1) * work.tokens * s.hidden_size * work.item
-    layer_work = work.work_bytes(choice.mlp_chunk)
+    hidden = work.tokens * s.hidden_size * work.item
+    inputs = 2 * hidden if choice.inputs_on_host else (s.num_hidden_layers + 1) * hidden
+    kept_attention = attention * _extra(work, choice, "attention")
+    kept = inputs + all_ * _extra(work, choice, "all") + kept_attention
+    loss = work.loss_bytes(scratch if choice.head_bits < 16 else 0)
+    at_loss = kept + max(loss, work.kept_work_bytes() if all_ else 0)
+    recomputing = inputs + kept_attention + work.recompute_work_bytes(choice.mlp_chunk) if all_ < s.num_hidden_layers else 0
+    beyond = max(at_loss, recomputing) - kept
+    layer_work = min(beyond, work.kept_work_bytes() if at_loss > recomputing else beyond)
     head = work.head_bytes(choice.head_bits)
     return {
         "weights": resident * (unpacked if choice.unpacked else work.layer_bytes()) + work.norm_bytes(),
@@ -209,9 +221,9 @@ def _components(work: Work, choice: _Choice, saved: int, context: int) -> dict[s
         "adapter": parameters * work.item,
         "gradients": parameters * work.item,
         "optimizer": 0 if choice.optimizer_on_host else optimizer_bytes(parameters, choice.optimizer_bits, work.item),
-        "activations": inputs + saved,
+        "activations": kept,
         "layer_work": layer_work,
-        "loss": max(0, work.loss_bytes(scratch) - layer_work),  # the loss runs when no layer does
+        "loss": beyond - layer_work,
         "scratch": scratch + (WORKSPACE_BYTES if work.item == 2 else 0),
         "context": context + (ROUNDING_BYTES if work.item == 2 else 0),
     }
@@ -227,9 +239,10 @@ def _scratch_bytes(work: Work, choice: _Choice) -> int:
     return rows * work.shape.hidden_size * work.item
 
 
-def _plan(work: Work, choice: _Choice, budget: Budget, config: TrainConfig, rates: Rates, all_: int = 0, attention: int = 0) -> Plan:
-    saved = all_ * _extra(work, choice, "all") + attention * _extra(work, choice, "attention")
-    components = _components(work, choice, saved, budget.context_bytes)
+def _plan(
+    work: Work, choice: _Choice, budget: Budget, config: TrainConfig, rates: Rates, all_: int = 0, attention: int = 0
+) -> Plan:
+    components = _components(work, choice, budget.context_bytes, all_, attention)
     return Plan(
         fits=sum(components.values()) <= budget.limit_bytes,
         components=components,
@@ -260,14 +273,25 @@ def _extra(work: Work, choice: _Choice, level: str) -> int:
 def _spend(work: Work, choice: _Choice, plan: Plan, config: TrainConfig, rates: Rates) -> Plan:
     """Buys stored activations with the room left: whole layers first (most time saved per byte), then attention's output."""
     n = work.shape.num_hidden_layers
-    room = plan.budget.limit_bytes - plan.process_bytes
+
+    def holds(all_: int, attention: int) -> bool:
+        return sum(_components(work, choice, plan.budget.context_bytes, all_, attention).values()) <= limit
+
+    limit = plan.budget.limit_bytes
     if plan.budget.kind == "ram":
-        room = int(room * 0.5)  # host memory is shared with everything else
-    extra = _extra(work, choice, "all")
-    all_ = min(n, max(0, room // extra))
-    room -= all_ * extra
-    attention = min(n - all_, max(0, room // _extra(work, choice, "attention")))
+        limit = (limit + plan.process_bytes) // 2  # host memory is shared with everything else
+    all_ = _most(n, lambda k: holds(k, 0))
+    attention = _most(n - all_, lambda k: holds(all_, k))
     return _plan(work, choice, plan.budget, config, rates, all_, attention)
+
+
+def _most(highest: int, fits: Callable[[int], bool]) -> int:
+    """The largest k <= highest that fits, by bisection; 0 is taken to fit."""
+    low = 0
+    while low < highest:
+        middle = (low + highest + 1) // 2
+        low, highest = (middle, highest) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def _host_bytes(work: Work, choice: _Choice) -> int:
@@ -361,4 +385,4 @@ def _fits(config: TrainConfig, remedy: Remedy, shape: ModelShape, budget: Budget
     leanest = _sacrifices(work, budget)[-1]
     if budget.kind == "vram":
         leanest = replace(leanest, streamed=shape.num_hidden_layers)
-    return sum(_components(work, leanest, 0, budget.context_bytes).values()) <= budget.limit_bytes
+    return sum(_components(work, leanest, budget.context_bytes).values()) <= budget.limit_bytes

@@ -10,11 +10,9 @@ from __future__ import annotations
 import torch
 
 from kernels.loss import RunningSoftmax
-from lowvram_tuner.memory.estimate import LOSS_ROWS
+from lowvram_tuner.memory.estimate import LOSS_ROWS, VOCABULARY_TILE
 from lowvram_tuner.quant.linear import QuantLinear
 from lowvram_tuner.quant.spec import Scratch
-
-VOCABULARY_TILE = 16384  # of a head that needs no dequantizing
 
 
 class Head:
