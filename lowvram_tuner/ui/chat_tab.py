@@ -93,8 +93,8 @@ class ChatTab:
     def _top(self) -> None:
         with gr.Row(elem_id="chat-top", equal_height=True):
             self.target = gr.Dropdown([(short_model(DEMO_MODEL), UNTRAINED)], value=UNTRAINED, label="Talk to", elem_id="chat-target", interactive=True, scale=2)
-            self.adapter = gr.Checkbox(True, label="With what it learned", elem_id="chat-adapter", interactive=True, scale=0, min_width=190)
-            self.compare = gr.Checkbox(False, label="Side by side with the base", elem_id="chat-compare", interactive=True, scale=0, min_width=220)
+            self.adapter = gr.Checkbox(True, label="With what it learned", elem_id="chat-adapter", interactive=False, scale=0, min_width=190)
+            self.compare = gr.Checkbox(False, label="Side by side with the base", elem_id="chat-compare", interactive=False, scale=0, min_width=220)
             self.cpu = gr.Checkbox(False, label="Answer on the processor", elem_id="chat-cpu", interactive=True, visible=False, scale=0, min_width=200)
         self.status = gr.HTML("", elem_id="chat-status")
 
@@ -128,7 +128,7 @@ class ChatTab:
         self.stop.click(self.client.stop, None, None, **QUIET)
         gr.on([self.clear.click, self.log.clear, self.base_log.clear], lambda: ([], [], []), None, [self.turns, self.log, self.base_log], **QUIET)
         self.compare.change(lambda on: gr.update(visible=bool(on)), self.compare, self.base_log, **QUIET)
-        self.target.change(lambda: ([], [], []), None, [self.turns, self.log, self.base_log], **QUIET)
+        self.target.change(self.chosen, self.target, [self.turns, self.log, self.base_log, self.adapter, self.compare], preprocess=False, **QUIET)
         tick = [[self.sent], [self.status, self.cpu, self.sent]]
         tab.select(lambda value: [self.targets(value), gr.Timer(active=True)], self.target, [self.target, self.timer], preprocess=False, **QUIET)
         for other in others:
@@ -143,6 +143,11 @@ class ChatTab:
         known = [v for _, v in choices]
         keep = value in known and not (value == UNTRAINED and len(choices) > 1 and self.client.status().state == "closed")
         return gr.update(choices=choices, value=value if keep else known[0])
+
+    def chosen(self, target: Any) -> list[Any]:
+        """Another target begins another conversation; without an adapter there is nothing to switch or to compare."""
+        trained = str(target).startswith("run:")
+        return [[], [], [], gr.update(interactive=trained), gr.update(interactive=trained, **({} if trained else {"value": False}))]
 
     def chat_with(self, run_id: object) -> Any:
         """The dropdown set to a run, whose model starts loading at once."""
@@ -245,7 +250,7 @@ def status_html(status: ChatStatus, blocked_by: str, tokens_per_s: float, note: 
         return f'<p class="quiet bad" role="alert">{escape(problem)}</p>'
     if kind in ("ready", "answering") and status.target:
         target = status.target
-        parts = [f"{'Answering' if kind == 'answering' else 'Ready'}: {target.label or short_model(target.model)}", f"{target.bits}-bit"]
+        parts = [f"{'Answering' if kind == 'answering' else 'Ready'}: {short_model(target.model) if target.label in ('', target.model) else target.label}", f"{target.bits}-bit"]
         parts += ["on the processor"] if status.device == "cpu" else []
         parts += [f"{number(tokens_per_s)} tokens/s"] if tokens_per_s else []
     elif kind == "loading":

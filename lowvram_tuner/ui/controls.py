@@ -71,6 +71,8 @@ def control(name: str) -> gr.components.Component:
         return gr.Checkbox(value=value, **common)
     if kind in ("int", "float"):
         return gr.Number(value=value, minimum=meta["min"], maximum=meta["max"], step=_step(kind, f.default), **common)
+    if name == "dataset":
+        return gr.Textbox(value=value, placeholder="a path, a hub id, or drop a file here", **common)
     return gr.Textbox(value=value, lines=2 if name == "compare_prompts" else 1, max_lines=6, **common)
 
 

@@ -25,6 +25,7 @@ from lowvram_tuner.train.run_dir import RunDir, list_runs
 from lowvram_tuner.train.supervisor import Supervisor
 from lowvram_tuner.ui.watch import Stories
 
+PATIENCE_S = 15.0
 _FRESH_S = 0.4  # several tabs and events share one reading of the card, of the lock and of the list of runs
 
 
@@ -134,8 +135,14 @@ class Desk:
         return run_id
 
     def stop(self) -> None:
-        self.supervisor.stop()
+        """Asks the active run to save and end; one that was asked a while ago and goes on is ended at once."""
+        run = self.current()
+        self.supervisor.stop(force=run is not None and self.stop_is_late(run))
         self.refresh()
+
+    def stop_is_late(self, run: RunDir) -> bool:
+        """Whether a run was asked to stop `PATIENCE_S` ago: a second press sooner may be a double click."""
+        return run.requested() == "stop" and time.time() - _changed_at(run.path / "control.json") / 1e9 > PATIENCE_S
 
     def delete(self, run_id: object, typed_name: str) -> str:
         """Removes a run once its name was typed; returns the name."""

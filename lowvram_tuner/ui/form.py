@@ -79,7 +79,7 @@ class Form:
         return dict(zip(self.names, values))
 
     def show(self, config: TrainConfig) -> list[Any]:
-        return controls.shown(config, self.names, self.card_bytes / 1e9)
+        return controls.shown(config, self.names, round(self.card_bytes / 1e9, 1))
 
     def unchanged(self) -> list[Any]:
         return [gr.skip() for _ in self.names]

@@ -67,7 +67,9 @@ def verdict(plan: Any, run_seconds: float | None = None) -> str:
     if plan.budget.kind == "ram":  # the predicted times are a card's
         return f"Fits: {gb(max(spare, 0))} of RAM to spare. No card: small models train on the processor."
     tail = f"About {duration(run_seconds)}." if run_seconds else f"About {_per_step(plan.step_s)} per step."
-    return f"Fits: {gb(max(spare, 0))} to spare. {tail}"
+    if spare < 50e6:  # the planner turns spare memory into speed, so a large model fills its budget
+        return f"Fits, using the whole budget of {gb(plan.budget.limit_bytes)}. {tail}"
+    return f"Fits: {gb(spare)} to spare. {tail}"
 
 
 def gauge_html(budget: Any, plan: Any = None, live: Live | None = None) -> str:
@@ -95,8 +97,8 @@ def table_html(plan: Any, labels: Mapping[str, str]) -> str:
     if plan.budget.kind == "ram":
         labels = {**labels, "context": "this program"}
     rows = [(labels.get(name, name), nbytes) for name, nbytes in plan.components.items() if nbytes]
-    rows.append(("Together", sum(n for _, n in rows)))
     body = "".join(f"<tr><th scope='row'>{escape(label)}</th><td>{_exact(n)}</td></tr>" for label, n in rows)
+    body += f"<tr class='sum'><th scope='row'>Together</th><td>{_exact(sum(n for _, n in rows))}</td></tr>"
     if getattr(plan, "host_bytes", 0) and plan.budget.kind == "vram":
         body += f"<tr><th scope='row'>Besides, in the computer's RAM</th><td>{_exact(plan.host_bytes)}</td></tr>"
     return f'<table class="bytes"><tbody>{body}</tbody></table>'

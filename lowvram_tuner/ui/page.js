@@ -1,5 +1,5 @@
-// Three things Gradio does not do by itself: a button that explains a control, panels and tab that stay as they were over a
-// reload, and the link from a disabled button to its reason.
+// What Gradio does not do by itself: a button that explains a control, panels and tab that stay as they were over a reload,
+// a file dropped on the form, and the link from a disabled button to its reason.
 (() => {
   const KEY = "lowvram-tuner";
   const kept = () => { try { return JSON.parse(sessionStorage.getItem(KEY)) || {}; } catch { return {}; } };
@@ -81,6 +81,17 @@
       delete before.scroll;
     }
   }
+
+  // A file dropped anywhere on the form goes the way of the upload button.
+  const over = (event) => event.target.closest?.("#what") && [...(event.dataTransfer?.types ?? [])].includes("Files");
+  document.addEventListener("dragover", (event) => { if (over(event)) event.preventDefault(); });
+  document.addEventListener("drop", (event) => {
+    const input = document.querySelector("#data-row input[type='file']");
+    if (!over(event) || !input) return;
+    event.preventDefault();
+    input.files = event.dataTransfer.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  });
 
   function settle() {
     putBack();

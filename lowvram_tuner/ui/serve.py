@@ -49,6 +49,7 @@ def serve(
         footer_links=[],
         allowed_paths=[],
         max_file_size=MAX_UPLOAD,
+        ssl_verify=False,  # Gradio asks its own plain address once; this only spares it the loading of certificates
         ssr_mode=False,
         run_history=False,
         enable_monitoring=False,

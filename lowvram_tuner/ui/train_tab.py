@@ -95,6 +95,8 @@ class TrainTab:
         data_said, data = self.data.look(values, first, busy=config is not None)
         if config is not None:
             gauge, enabled, reason = gauge_while_running(self.desk, state, config), False, ""
+            if run.requested() == "stop":
+                reason = "Stopping: the step under way is finished and saved first."
         else:
             gauge, starting = gauge_for(self.desk, values, data)
             enabled, reason = starting.enabled, starting.reason
@@ -105,11 +107,14 @@ class TrainTab:
             "table": gauge.table,
             "remedies": tuple(r.label for r in gauge.remedies[:REMEDIES]),
             "start": enabled,
-            "stop": config is not None,
+            "stop": self._stop_label(run) if config is not None else "",
             "reason": _reason(reason),
             "bits_words": bits_words(values.get("bits")),
         }
         return said | data_said | self._run_part(run, state)
+
+    def _stop_label(self, run: RunDir) -> str:
+        return "Stop at once" if self.desk.stop_is_late(run) else "Stop and save"
 
     def _run_part(self, run: RunDir | None, state: dict[str, Any] | None) -> dict[str, Any]:
         if run is None or state is None:
@@ -140,10 +145,9 @@ class TrainTab:
         found: Update = {self.html[k]: v for k, v in new.items() if k in self.html}
         if "start" in new:
             found[self.start] = gr.update(interactive=new["start"], value="Start training")
-        for part, shown in (("stop", self.stop), ("next", self.next_row)):
-            if part in new:
-                found[shown] = gr.update(visible=new[part])
-        for part, button in (("resume", self.resume), ("use_length", self.data.use_length)):
+        if "next" in new:
+            found[self.next_row] = gr.update(visible=new["next"])
+        for part, button in (("stop", self.stop), ("resume", self.resume), ("use_length", self.data.use_length)):
             if part in new:
                 found[button] = gr.update(visible=bool(new[part]), value=new[part] or " ")
         if "remedies" in new:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from lowvram_tuner.train.run_dir import list_runs
@@ -160,6 +162,30 @@ def test_a_failed_run_says_why_and_what_to_do(fresh, quick_demo):
     assert "Traceback" not in said and len(said) > 60
     assert quick_demo.locator("#resume").inner_text() == "Resume from step 10"
     assert quick_demo.locator("#start").is_enabled()
+
+
+def test_a_killed_worker_is_noticed_and_its_run_goes_on(fresh, quick_demo):
+    fresh.hold()
+    quick_demo.locator("#start").click()
+    until(quick_demo, "progress", r"Training: step 40")
+    psutil.Process(list_runs(fresh.root)[0].state()["pid"]).kill()
+    until(quick_demo, "progress", r"Failed at step \d+")
+    fresh.go()
+    assert quick_demo.locator("#resume").inner_text() == "Resume from step 40"
+    quick_demo.locator("#resume").click()
+    until(quick_demo, "progress", r"Finished after 80 steps")
+
+
+def test_a_dropped_file_becomes_the_data(fresh, tab):
+    page = tab(fresh.address)
+    page.evaluate("""() => {
+      const files = new DataTransfer();
+      files.items.add(new File(['{"messages": []}\\n'], 'Grüße.jsonl'));
+      document.querySelector('#dataset').dispatchEvent(new DragEvent('drop', {bubbles: true, cancelable: true, dataTransfer: files}));
+    }""")
+    page.wait_for_function("document.querySelector('#dataset textarea').value.endsWith('.jsonl')")
+    assert Path(page.locator("#dataset textarea").input_value()).is_relative_to(fresh.root / ".uploads")
+    until(page, "data-words", "2 rows")
 
 
 def test_what_does_not_fit_offers_a_remedy_that_changes_the_controls(fresh, tab):

@@ -14,7 +14,7 @@ from lowvram_tuner.train.run_dir import list_runs
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 900  # seconds for each wait; a busy machine is ten times slower than an idle one
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 class Real(Served):
