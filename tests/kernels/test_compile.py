@@ -68,7 +68,7 @@ def cases(half):
     for cap in (True, False):
         yield loss._tile_kernel, (x, i64, f32, f32, f32, f32, f32, 16384, 0, 16384, 30.0), {"CAP": cap, "BLOCK": 2048}
     yield gather._gather_kernel, (i64, x, x, 4096), {"BLOCK": 2048}
-    rates = (5000, 1e-3, 0.9, 0.999, 0.1, 0.001, 1e-8, 0.0)
+    rates = (5000, 7, 1e-3, 0.9, 0.999, 0.1, 0.001, 1e-8, 0.0)
     split = half == torch.bfloat16
     master = i16 if split else f32
     flags = {"SPLIT": split, "MASTER": not split, "ROWS": adamw.ROWS, "BLOCK": adamw.BLOCK}
