@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowvram_tuner.quant.checkpoint import QuantizedWeight, Writer, open_checkpoint, writer_for
+from lowvram_tuner.quant.checkpoint import open_checkpoint, writer_for
+from lowvram_tuner.quant.checkpoints.unfinished import Packed, Partial, write_checkpoint
 from lowvram_tuner.quant.registry import quant_format
 from lowvram_tuner.quant.spec import QuantError, QuantFormat, QuantSpec
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from lowvram_tuner.quant.layerwise import Layers
 
 Progress = Callable[[str, float, float], None]  # what, done, total
-Packed = dict[str, dict[str, "torch.Tensor"]]  # of one layer, by the name of the linear
 
 ROWS = 64  # calibration sequences
 CORRECTION = 1.0  # share of the earlier layers' error that a layer takes upon itself
@@ -85,13 +84,13 @@ def quantize_model(
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
 
-    partial = _Partial(output, _fingerprint(source, spec, ids))
+    partial = Partial(output, _fingerprint(source, spec, ids))
     with torch.no_grad():
         if fmt.calibrated:
             report = _calibrated(skeleton, weights, ids, fmt, partial, target, dtype, _eta(progress))
         else:
             report = _data_free(skeleton, weights, fmt, partial, target, dtype, _eta(progress))
-        _write(output, partial, source, skeleton, weights, tokenizer, writer)
+        write_checkpoint(output, partial, source, skeleton, weights, tokenizer, writer)
     peak = torch.cuda.max_memory_allocated(target) if target.type == "cuda" else _resident_bytes()
     seconds = round(time.perf_counter() - began, 1)
     return {"output": str(output), "seconds": seconds, "peak_allocated_gb": round(peak / 1e9, 3), "layers": report}
@@ -111,7 +110,7 @@ def fitting(spec: QuantSpec, model: nn.Module) -> QuantSpec:
 
 
 def _calibrated(
-    model: nn.Module, weights: Weights, ids: torch.Tensor, fmt: QuantFormat, partial: _Partial,
+    model: nn.Module, weights: Weights, ids: torch.Tensor, fmt: QuantFormat, partial: Partial,
     device: torch.device, dtype: torch.dtype, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
     from lowvram_tuner.quant.layerwise import Layers
@@ -127,14 +126,26 @@ def _calibrated(
             partial.save(index, packed, entries)
         else:
             packed, entries = done
-            for name, tensors in packed.items():
-                tensors = {k: t.to(device) for k, t in tensors.items()}
-                fmt.dequantize(tensors, quantized.get_submodule(name).weight.data)
+            _restore(quantized, packed, fmt)
         report += entries
         if index + 1 < len(layers):
             hidden, full = layers.run(index, quantized, hidden), layers.run(index, original, full)
     progress("quantizing layers", len(layers), len(layers))
     return report
+
+
+def _restore(layer: nn.Module, packed: Packed, fmt: QuantFormat) -> None:
+    """Gives a layer the weights that a finished run of `_round_layer` left it with."""
+    import torch
+
+    from lowvram_tuner.quant.layerwise import set_parameter
+
+    for name, tensors in packed.items():
+        weight = layer.get_submodule(name).weight
+        # a new tensor: what was read from the file may be memory that the original layer shares
+        rounded = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        fmt.dequantize({k: t.to(weight.device) for k, t in tensors.items()}, rounded)
+        set_parameter(layer, f"{name}.weight", rounded.to(weight.dtype))
 
 
 def _round_layer(
@@ -212,7 +223,7 @@ def _relative_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.
 
 
 def _data_free(
-    model: nn.Module, weights: Weights, fmt: QuantFormat, partial: _Partial,
+    model: nn.Module, weights: Weights, fmt: QuantFormat, partial: Partial,
     device: torch.device, dtype: torch.dtype, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
     from torch import nn
@@ -237,81 +248,6 @@ def _data_free(
         report += done[1]
     progress("quantizing layers", len(model.model.layers), len(model.model.layers))
     return report
-
-
-class _Partial:
-    """Finished layers of a run that is not over: `<output>.partial/layer-N.safetensors`, written whole or not at all."""
-
-    def __init__(self, output: Path, fingerprint: str) -> None:
-        self.folder = output.parent / f"{output.name}.partial"
-        mark = self.folder / "run.json"
-        if mark.is_file() and mark.read_text(encoding="utf-8") != fingerprint:
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(fingerprint, encoding="utf-8")
-
-    def _path(self, index: int) -> Path:
-        return self.folder / f"layer-{index:05d}.safetensors"
-
-    def save(self, index: int, packed: Packed, entries: list[dict[str, Any]]) -> None:
-        from safetensors.torch import save_file
-
-        temporary = self._path(index).with_suffix(".tmp")
-        flat = {f"{name}|{key}": t.contiguous() for name, tensors in packed.items() for key, t in tensors.items()}
-        save_file(flat, temporary, metadata={"entries": json.dumps(entries)})
-        temporary.replace(self._path(index))
-
-    def load(self, index: int) -> tuple[Packed, list[dict[str, Any]]] | None:
-        """A finished layer, or None."""
-        from safetensors import safe_open
-
-        if not self._path(index).is_file():
-            return None
-        packed: Packed = {}
-        with safe_open(self._path(index), "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open has no iterator
-                name, _, tensor = key.partition("|")
-                packed.setdefault(name, {})[tensor] = file.get_tensor(key)
-            return packed, json.loads(file.metadata()["entries"])
-
-
-def _write(
-    output: Path, partial: _Partial, source: Source, model: nn.Module, weights: Weights, tokenizer: Any, writer: Writer
-) -> None:
-    """The checkpoint folder, built beside `output` and moved there when it is whole."""
-    from lowvram_tuner.quant.checkpoints.files import write_shards
-
-    folder = partial.folder / "checkpoint"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    stored = _stored_dtype(weights.read("model.embed_tokens.weight"))
-    write_shards(folder, _tensors(partial, model, weights, writer))
-    skipped = ["lm_head"]
-    config = model.config.to_dict() | {
-        "architectures": [type(model).__name__], "_name_or_path": source.public_id,
-        "dtype": str(stored).removeprefix("torch."), "quantization_config": writer.config(skipped),
-    }  # fmt: skip
-    for name, value in {"config.json": config, **writer.extra_files(skipped)}.items():
-        (folder / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
-    tokenizer.save_pretrained(folder)
-    if output.exists():
-        output.rmdir()  # empty, as was checked
-    folder.replace(output)
-    shutil.rmtree(partial.folder)
-
-
-def _tensors(partial: _Partial, model: nn.Module, weights: Weights, writer: Writer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the checkpoint by name, quantized layers first, then what stays in 16 bit."""
-    written = set()
-    for index, layer in enumerate(model.model.layers):
-        packed, _ = partial.load(index)
-        for name, tensors in packed.items():
-            module, linear = f"model.layers.{index}.{name}", layer.get_submodule(name)
-            yield from writer.tensors(module, QuantizedWeight(writer.spec, linear.out_features, linear.in_features, tensors)).items()
-            written.add(f"{module}.weight")
-    for name in sorted(weights.names() - written):
-        tensor = weights.read(name)
-        yield name, tensor.to(_stored_dtype(tensor))
 
 
 def _calibration_ids(model: str, calibration: Path | str | None, tokenizer: Any, rows: int, length: int) -> torch.Tensor:
@@ -355,13 +291,6 @@ def _eta(progress: Progress | None) -> Progress:
             progress(what, done, total)
 
     return report
-
-
-def _stored_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """What is not quantized keeps its type, only fp32 is stored as fp16."""
-    import torch
-
-    return torch.float16 if tensor.dtype == torch.float32 else tensor.dtype
 
 
 def _fp32() -> torch.dtype:

@@ -127,7 +127,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shar
         if pending and size + _nbytes(tensor) > shard_bytes:
             flush()
             size = 0
-        pending[name] = tensor.contiguous()
+        pending[name] = tensor.contiguous().clone()  # safetensors refuses tensors that share memory, as levels and maps may
         size += _nbytes(tensor)
         total += _nbytes(tensor)
     flush()
