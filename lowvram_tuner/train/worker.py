@@ -101,6 +101,7 @@ def _signals_stop(run: RunDir) -> Iterator[None]:
         if number == signal.SIGINT and run.requested():
             raise KeyboardInterrupt
         run.request("stop")
+        print("Saving and ending; interrupt again to end at once.", file=sys.stderr)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -72,7 +72,7 @@ def test_a_disk_full_even_for_the_state_still_tells_the_first_error(run, monkeyp
 
 @posix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["terminate", "interrupt"])
-def test_a_signal_asks_the_run_to_save_and_end(run, number):
+def test_a_signal_asks_the_run_to_save_and_end(run, number, capsys):
     def training(config, where, reporter, resume):
         assert not reporter.stop_requested()
         os.kill(os.getpid(), number)
@@ -83,6 +83,7 @@ def test_a_signal_asks_the_run_to_save_and_end(run, number):
     before = signal.getsignal(number)
     work(run, training)
     assert run.state()["message"] == "Saved."
+    assert capsys.readouterr().err == "Saving and ending; interrupt again to end at once.\n"
     assert signal.getsignal(number) is before
 
 
