@@ -129,7 +129,7 @@ class _Run:
         config, epoch, position = self.config, self.progress.epoch, self.progress.position
         full = config.micro_batch_size * config.max_seq_length
         captured = self.session.device.type == "cuda"
-        pad_to = full if captured and config.packing else max(16, full // 8) if captured else 1
+        pad_to = full if captured and config.packing else max(16, full // 4) if captured else 1  # few shapes: few graphs
         while True:
             plan = self.batches.epoch(epoch)
             while position < len(plan):
@@ -138,7 +138,7 @@ class _Run:
                     flat = collate(self.prepared.train, micro_batch, config.max_seq_length, pad_to)
                     if flat.targets:
                         sequences = _power_of_two(len(flat.cu_seqlens) - 1) if captured else 0
-                        rounding = max(64, len(flat.input_ids) // 4) if captured else 1
+                        rounding = max(64, len(flat.input_ids) // 2) if captured else 1
                         group.append(to_batch(flat, self.session.device, config.max_seq_length, rounding, sequences))
                 position += config.gradient_accumulation_steps
                 ended = position >= len(plan)
