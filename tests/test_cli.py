@@ -14,6 +14,7 @@ import pytest
 from lowvram_tuner import cli, commands
 from lowvram_tuner.commands import COMMANDS
 from lowvram_tuner.config import ConfigError, TrainConfig, options
+from lowvram_tuner.presets import load_presets
 from lowvram_tuner.train.lock import Busy, holder, take
 from lowvram_tuner.train.run_dir import RunDir, list_runs
 
@@ -67,7 +68,9 @@ def test_lists_take_commas_or_spaces_and_prompts_keep_their_commas():
 def test_a_preset_comes_first_and_options_win():
     config, args = run("train", "--preset", "demo-cpu", "--max-steps", "5")
     assert config.max_steps == 5
-    assert config.micro_batch_size == args.changes["micro_batch_size"] == 8
+    values = load_presets()["demo-cpu"].overrides
+    assert config == TrainConfig.from_dict({**values, "max_steps": 5}) != TrainConfig(max_steps=5)
+    assert args.changes == {**values, "max_steps": "5"}
 
 
 def test_a_command_line_repeats_a_run():
