@@ -50,6 +50,6 @@ def _read(path: Path) -> Preset:
         values = json.loads(path.read_text(encoding="utf-8"))
         label, text, order = values.pop("label"), values.pop("help"), values.pop("order", 99)
         TrainConfig.from_dict(values)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"preset file {path.name} is not usable: {error}") from None
     return Preset(path.stem, label, text, order, values)

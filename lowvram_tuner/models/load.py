@@ -103,7 +103,7 @@ def skeleton_from_config(config: Any, dtype: torch.dtype) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the packed tensors are read by this program, not by transformers
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if not hasattr(getattr(model, "model", None), "layers"):
         raise ConfigError(f"model_type={config.model_type!r} is not a decoder-only model with layers; use a Llama-like model.")
     return model.requires_grad_(False)
@@ -240,7 +240,9 @@ def _load_small(model: nn.Module, weights: Weights | None, device: torch.device,
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False))
     for name, module in list(model.named_modules()):
-        if any(b.device.type == "meta" for b in module.buffers(recurse=False)):
+        if hasattr(module, "scalar_embed_scale"):  # Gemma's word table
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
+        elif any(b.device.type == "meta" for b in module.buffers(recurse=False)):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, type(module)(config=model.config).to(device))
 

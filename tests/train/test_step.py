@@ -1,0 +1,181 @@
+"""A pass of ours against transformers' forward and autograd on the same weights, in fp32: same loss, same gradient.
+
+The comparison runs each example alone, so that it also proves that packed examples do not see each other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lowvram_tuner.train.graph import CapturedStep
+from lowvram_tuner.train.hf_step import TransformersStep
+from lowvram_tuner.train.step import FusedStep
+from tests.engine_cases import VOCABULARY, batch_of, flat, make_case, make_plan, model_values, reference, relative
+
+LEVELS = {
+    "inputs": {}, "attention kept": {"keep_attention": 3}, "everything kept": {"keep_all": 3},
+    "mixed": {"keep_all": 1, "keep_attention": 1}, "mlp in chunks": {"mlp_chunk": 16},
+}  # fmt: skip
+ONE = torch.tensor(1.0)
+
+
+def one_pass(step, adapter, batch, scale=ONE):
+    adapter.gradients.zero_()
+    total = step.accumulate(batch, scale)
+    return float(total), adapter.gradients.clone()
+
+
+@pytest.mark.parametrize("bits, tied", [(16, True), (4, False)], ids=["16-bit tied", "nf4 with a 4-bit head"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_fused_equals_autograd(family, bits, tied):
+    plan = make_plan(head_bits=16 if tied else 4)
+    loaded, adapter = make_case(model_values(family, tied), bits, plan)
+    data = flat()
+    batch = batch_of(data)
+    loss, gradient = reference(adapter, data)
+    assert gradient.norm() > 0.1
+    seen = []
+    for name, decisions in LEVELS.items():
+        step = FusedStep(loaded, adapter, make_plan(**decisions))
+        ours, g = one_pass(step, adapter, batch)
+        assert ours == pytest.approx(loss, rel=1e-6), name
+        assert relative(g, gradient) < 3e-6, name
+        assert float(step.evaluate(batch)) == pytest.approx(loss, rel=1e-6), name
+        seen.append(g)
+    for g in seen[1:3]:  # what is kept changes when a value is computed, not its value
+        assert torch.equal(g, seen[0])
+
+
+def test_every_parameter_gets_its_own_gradient():
+    """A norm over all parameters could hide one small matrix."""
+    loaded, adapter = make_case(model_values("llama"), 4)
+    data = flat()
+    _, wanted = reference(adapter, data)
+    _, g = one_pass(FusedStep(loaded, adapter, make_plan()), adapter, batch_of(data))
+    assert len(adapter.slices) == 3 * 7 * 2
+    for name, (offset, shape) in adapter.slices.items():
+        part = slice(offset, offset + shape.numel())
+        assert wanted[part].norm() > 0 and relative(g[part], wanted[part]) < 1e-5, name
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj", "up_proj", "down_proj")], ids=",".join)
+def test_adapters_on_some_layers_only(targets):
+    loaded, adapter = make_case(model_values("llama"), 16, target_modules=targets)
+    data = flat()
+    loss, wanted = reference(adapter, data)
+    ours, g = one_pass(FusedStep(loaded, adapter, make_plan()), adapter, batch_of(data))
+    assert len(adapter.slices) == 3 * len(targets) * 2
+    assert ours == pytest.approx(loss, rel=1e-6) and relative(g, wanted) < 3e-6
+
+
+def test_gradients_add_up_and_scale():
+    loaded, adapter = make_case(model_values("llama"))
+    step, batch = FusedStep(loaded, adapter, make_plan()), batch_of(flat())
+    _, once = one_pass(step, adapter, batch)
+    adapter.gradients.zero_()
+    step.accumulate(batch, torch.tensor(0.25))
+    step.accumulate(batch, torch.tensor(0.5))
+    assert relative(adapter.gradients, once * 0.75) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["fused", "transformers"])
+def test_packed_examples_do_not_see_each_other(kind):
+    values = model_values("llama" if kind == "fused" else "gemma2", **({} if kind == "fused" else GEMMA))
+    loaded, adapter = make_case(values)
+    step = FusedStep(loaded, adapter, make_plan()) if kind == "fused" else TransformersStep(loaded, adapter)
+    first = flat((0, 17, 40))
+    changed = flat((0, 17, 40), ids=np.concatenate([(first.input_ids[:17] + 7) % VOCABULARY, first.input_ids[17:]]))
+    first.labels[:17] = changed.labels[:17] = -100  # only the second example counts
+    loss, g = one_pass(step, adapter, batch_of(first))
+    other_loss, other = one_pass(step, adapter, batch_of(changed))
+    assert loss == pytest.approx(other_loss, rel=1e-6) and relative(other, g) < 2e-6
+    alone = flat((0, 23), ids=first.input_ids[17:])
+    alone.labels[:] = first.labels[17:]
+    alone_loss, alone_g = one_pass(step, adapter, batch_of(alone))
+    assert loss == pytest.approx(alone_loss, rel=1e-6) and relative(alone_g, g) < 2e-6
+
+
+def test_padding_changes_nothing():
+    """Padding stands at the end as a sequence of its own that no label counts in."""
+    loaded, adapter = make_case(model_values("qwen2"), 4)
+    step = FusedStep(loaded, adapter, make_plan())
+    bare = flat((0, 17, 40))
+    padded = flat((0, 17, 40, 48), ids=np.concatenate([bare.input_ids, np.zeros(8, np.int64)]))
+    padded.labels[40:] = -100
+    loss, g = one_pass(step, adapter, batch_of(bare))
+    padded_loss, padded_g = one_pass(step, adapter, batch_of(padded))
+    assert loss == pytest.approx(padded_loss, rel=1e-6) and relative(padded_g, g) < 2e-6
+
+
+def test_captured_step_without_a_card_is_the_step():
+    loaded, adapter = make_case(model_values("llama"))
+    step, batch = FusedStep(loaded, adapter, make_plan()), batch_of(flat())
+    _, eager = one_pass(step, adapter, batch)
+    captured = CapturedStep(step, torch.device("cpu"))
+    for _ in range(3):
+        _, g = one_pass(captured, adapter, batch, 1.0)
+        assert torch.equal(g, eager)
+    assert not captured.graphs
+
+
+def test_counts_of_a_batch():
+    data = flat()
+    batch = batch_of(data)
+    assert batch.counted == int((data.labels >= 0).sum())
+    assert batch.targets.shape == batch.labels.shape and int((batch.labels >= 0).sum()) == batch.counted
+    assert torch.equal(torch.from_numpy(data.labels)[batch.targets[: batch.counted]], batch.labels[: batch.counted])
+
+
+# families that only transformers knows
+
+GEMMA = {
+    "head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": None,
+    "sliding_window": 4096, "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family, extra", [("gemma2", GEMMA), ("granite", {"logits_scaling": 4.0}), ("llama", {})])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_any_family_equals_autograd(family, extra, bits):
+    loaded, adapter = make_case(model_values(family, **extra), bits)
+    data = flat()
+    loss, wanted = reference(adapter, data)
+    step = TransformersStep(loaded, adapter)
+    ours, g = one_pass(step, adapter, batch_of(data))
+    assert ours == pytest.approx(loss, rel=1e-6) and relative(g, wanted) < 3e-6
+    assert float(step.evaluate(batch_of(data))) == pytest.approx(loss, rel=1e-6)
+
+
+# on a card
+
+BIG = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "vocab_size": 3000}
+CARD_PLANS = {
+    "everything kept": {"keep_all": 6}, "attention kept": {"keep_attention": 6},
+    "on the host": {"keep_all": 2, "keep_attention": 2, "inputs_on_host": True, "embeddings_on_host": True},
+    "streamed": {"streamed": 4}, "all streamed": {"streamed": 6, "inputs_on_host": True, "optimizer_on_host": True},
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_on_a_card_every_plan_and_a_graph_give_the_same_bits(family, bits):
+    data = flat((0, 100, 101, 200, 256), vocabulary=3000)
+    base = None
+    for name, decisions in {"inputs": {}, **CARD_PLANS}.items():
+        plan = make_plan("vram", scratch_bytes=2 * 704 * 256 * 2, head_bits=4 if bits == 4 else 16, **decisions)
+        values = model_values(family, False, **BIG, **({"head_dim": 64} if family == "qwen3" else {}))
+        loaded, adapter = make_case(values, bits, plan, "cuda", torch.bfloat16, lora_r=16)
+        step, batch = FusedStep(loaded, adapter, plan, 256), batch_of(data, "cuda")
+        captured = CapturedStep(step, torch.device("cuda", 0))
+        passes = [one_pass(captured, adapter, batch, 1 / 200) for _ in range(4)]  # eager, captured, replayed twice
+        assert captured.graphs, name
+        for loss, g in passes[1:]:
+            assert loss == passes[0][0] and torch.equal(g, passes[0][1]), name
+        base = base or passes[0]
+        assert passes[0][0] == base[0] and torch.equal(passes[0][1], base[1]), name
+        assert float(step.evaluate(batch)) == pytest.approx(base[0], rel=1e-6)
+    loss, wanted = reference(adapter, data)
+    assert base[0] == pytest.approx(loss, rel=2e-3) and relative(base[1], wanted / 200) < 2e-2
