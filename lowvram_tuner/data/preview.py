@@ -20,7 +20,7 @@ from lowvram_tuner.data.formats import SAMPLE_ROWS, SHOWN, Layout, detect, mappi
 from lowvram_tuner.data.packing import Example
 from lowvram_tuner.data.prepare import Builder, split
 from lowvram_tuner.data.readers import GOES_ON, Record
-from lowvram_tuner.data.report import DataError, RowError
+from lowvram_tuner.data.report import DataError, RowError, plain
 from lowvram_tuner.data.rows import RowIndex
 from lowvram_tuner.data.sources import resolve
 from lowvram_tuner.data.templates import Template
@@ -98,10 +98,10 @@ class Preview:
         try:
             layout = self._layout(number)
         except DataError as error:
-            columns = [str(c) for r in self._head(number) for c in r.value if c != GOES_ON]
+            columns = [plain(str(c)) for r in self._head(number) for c in r.value if c != GOES_ON]
             return {"name": source.name, "columns": list(dict.fromkeys(columns)), "roles": {}, "layout": "", "error": str(error)}
         return {
-            "name": source.name, "columns": list(layout.columns), "roles": layout.roles, "layout": SHOWN[layout.name], "error": None,
+            "name": source.name, "columns": [*map(plain, layout.columns)], "roles": layout.roles, "layout": SHOWN[layout.name], "error": None,
         }  # fmt: skip
 
     def _head(self, number: int) -> list[Record]:
@@ -160,7 +160,7 @@ class Preview:
     def _raw(self, record: Record, number: int) -> str:
         """The beginning of a row that cannot be used, as text."""
         if record.value is not None:
-            return str(record.value)[:RAW_SHOWN]
+            return plain(str(record.value), RAW_SHOWN)
         source = self.sources[number]
         if record.offset < 0 or source.path is None:
             return ""

@@ -17,8 +17,17 @@ SUGGESTED_SHARE = 0.99  # rows that the suggested sequence length holds whole
 BINS = 24
 
 
+def plain(text: str, longest: int = 400) -> str:
+    """Text of the user's as a report may hold it: one line, valid Unicode, not too long."""
+    text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
 class DataError(ValueError):
     """The data cannot be used: one sentence with what was seen, what is accepted and what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(plain(text))
 
 
 class RowError(Exception):
@@ -26,7 +35,7 @@ class RowError(Exception):
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
-        self.kind, self.reason = kind, reason
+        self.kind, self.reason = kind, plain(reason)
 
 
 @dataclass
@@ -82,7 +91,7 @@ class Problems:
         """Counts one more row (or `count`) with this problem."""
         group = self._groups.get((file, kind))
         if group is None:
-            group = self._groups[file, kind] = Problem(line, reason, 0, kind, dropped, file)
+            group = self._groups[file, kind] = Problem(line, plain(reason), 0, kind, dropped, plain(file))
         group.count += count
         if len(group.lines) < LINES_KEPT:
             group.lines.append(line)

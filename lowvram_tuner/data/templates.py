@@ -97,14 +97,9 @@ class Template:
         self._probe()
 
     @cached_property
-    def serialized(self) -> str:
-        """The tokenizer without its template, as JSON."""
-        return self.tokenizer.backend_tokenizer.to_str()
-
-    @property
     def identity(self) -> tuple[str, str]:
         """What decides which tokens a conversation becomes, for fingerprints."""
-        return str(self.tokenizer.chat_template), hashlib.sha256(self.serialized.encode()).hexdigest()
+        return str(self.tokenizer.chat_template), hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def _probe(self) -> None:
         user, answer = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}
@@ -206,7 +201,7 @@ class Template:
         """A private copy of the Rust tokenizer: no padding, no truncation, offsets that include a token's leading space."""
         from tokenizers import Tokenizer, processors
 
-        backend = Tokenizer.from_str(self.serialized)
+        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         backend.no_padding()
         backend.no_truncation()
         backend.post_processor = processors.ByteLevel(trim_offsets=False)

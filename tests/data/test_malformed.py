@@ -124,6 +124,17 @@ def test_many_broken_rows_are_counted_exactly_and_listed_briefly(write, prepared
     assert report.duplicates == 1999
 
 
+def test_reports_are_valid_text_whatever_the_data_holds(write, prepared):
+    bad = '{"prompt": "q", "completion": "a", "\\udc80\\n%s": 1}' % ("k" * 3000)
+    report = prepared(write("a.jsonl", jsonl(ROW, bad, '{"\\ud800": 1}', field(completion=["\ud83d"])))).report
+    assert report.kept == 2
+    for problem in report.problems:
+        assert problem.reason.encode("utf-8") and "\n" not in problem.reason and len(problem.reason) <= 400
+    with pytest.raises(DataError) as caught:
+        prepared(write("b.jsonl", '{"\\ud800": 1, "b": 2}\n'))
+    assert str(caught.value).encode("utf-8")
+
+
 UNUSABLE = {
     "empty file": ("a.jsonl", b"", "a.jsonl is empty"),
     "only white space": ("a.jsonl", b"\n \n\t\n", "no row that can be trained on: 0 read"),

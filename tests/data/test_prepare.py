@@ -243,14 +243,13 @@ def test_a_slow_tokenizer_is_refused(tmp_path):
         prepare(TrainConfig(output_dir=str(tmp_path)), Slow())
 
 
-def test_a_tokenizer_set_to_pad_and_cut_gives_the_same_and_stays_so(write, prepared, load_family):
+def test_a_tokenizer_set_to_pad_and_cut_gives_the_same(write, prepared, load_family):
     path, tokenizer = write("a.jsonl", CHATS[:3]), load_family("demo")
     tokenizer(["a", "b c d"], padding="max_length", max_length=8, truncation=True)  # leaves both on in the Rust tokenizer
-    padding = tokenizer.backend_tokenizer.padding
-    assert padding is not None
+    assert tokenizer.backend_tokenizer.padding is not None
     result = prepared(path, using=tokenizer)
     assert [tokenizer.decode(e.input_ids[e.trained]) for e in result.train] == [f"{r['completion']}<|im_end|>" for r in CHATS[:3]]
-    assert tokenizer.backend_tokenizer.padding == padding
+    assert result.fingerprint == prepared(path).fingerprint
 
 
 def test_the_demo_is_what_it_promises(prepared, tokenizer):
