@@ -1,0 +1,214 @@
+"""The planner: more memory never makes a run slower, speed is given up in order, and what does not fit gets a way out.
+
+Behaviour only; `tests/memory/test_slabs.py` and `tests/quant/test_linear.py` compare the formulas with real tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from lowvram_tuner.config import TrainConfig
+from lowvram_tuner.memory.plan import COMPONENT_LABELS, GB, Budget, plan_run
+from lowvram_tuner.models.catalogue import catalogue, shape_of
+
+CASES = [("meta-llama/Llama-3.1-8B-Instruct", 4), ("Qwen/Qwen3-14B", 4), ("Qwen/Qwen2.5-0.5B-Instruct", 16)]
+
+
+def budget(gb: float, kind: str = "vram") -> Budget:
+    return Budget(int(gb * GB), 0, int(gb * GB), kind)
+
+
+def plan_of(model: str, gb: float, kind: str = "vram", **options):
+    config = TrainConfig(model=model, **options)
+    return plan_run(config, shape_of(model), budget(gb, kind))
+
+
+@pytest.mark.parametrize("model, bits", CASES)
+def test_more_memory_gives_up_no_more(model, bits):
+    """The output layer's bits come before time: it may get more of them and the step be slower. With the same it is not."""
+    plans = [plan_of(model, gb, bits=bits) for gb in (x / 4 for x in range(2, 120, 2))]
+    fitting = [p.fits for p in plans]
+    assert fitting == sorted(fitting) and not fitting[0] and fitting[-1]
+    fitted = [p for p in plans if p.fits]
+    for less, more in itertools.pairwise(fitted):
+        assert more.head_bits >= less.head_bits and more.streamed <= less.streamed
+        if more.head_bits == less.head_bits:
+            assert more.step_s <= less.step_s * 1.02, (less.to_dict(), more.to_dict())
+    assert fitted[-1].step_s == min(p.step_s for p in fitted)
+
+
+@pytest.mark.parametrize("model, bits", CASES)
+def test_a_plan_that_fits_is_inside_its_budget(model, bits):
+    for gb in (2.0, 4.3, 4.95, 6.0, 8.9, 24.0):
+        plan = plan_of(model, gb, bits=bits)
+        assert plan.fits == (plan.process_bytes <= plan.budget.limit_bytes)
+        assert plan.process_bytes == sum(plan.components.values()) == plan.allocated_bytes + plan.components["context"]
+        assert set(plan.components) <= set(COMPONENT_LABELS) and all(v >= 0 for v in plan.components.values())
+
+
+def test_what_is_given_up_comes_in_order():
+    """Each sacrifice is made only where the ones before it were; layers are streamed last of all."""
+    seen = set()
+    for model, bits in CASES:
+        tied = shape_of(model).tie_word_embeddings
+        for step in range(60):
+            plan = plan_of(model, 1.0 + step / 4, bits=bits, micro_batch_size=4)
+            if not plan.fits:
+                continue
+            order = [plan.optimizer_bits == 8, plan.inputs_on_host]
+            order += [] if tied else [plan.embeddings_on_host, plan.head_bits < 16, plan.head_bits < 8]
+            order += [plan.optimizer_on_host, plan.streamed > 0]
+            assert order == sorted(order, reverse=True), plan.to_dict()
+            seen.add(sum(order) if not tied else -1)
+    assert {0, 7} <= seen and len(seen) >= 5  # from nothing given up to everything
+
+
+def test_the_issues_card_holds_the_issues_models():
+    assert plan_of("meta-llama/Llama-3.1-8B-Instruct", 5.2).fits
+    assert plan_of("Qwen/Qwen3-8B", 5.2).fits
+    assert plan_of("Qwen/Qwen3-14B", 7.2).fits
+
+
+def test_kept_layers_and_streamed_layers_are_layers():
+    for gb in (4, 5, 6, 8, 12, 16, 24):
+        plan = plan_of("meta-llama/Llama-3.1-8B-Instruct", gb)
+        assert plan.keep_all >= 0 and plan.keep_attention >= 0 and plan.keep_all + plan.keep_attention <= 32
+        assert 0 <= plan.streamed <= 32 and plan.streamed != 1  # a single slot would wait for itself
+    assert plan_of("meta-llama/Llama-3.1-8B-Instruct", 24).keep_all == 32
+
+
+def test_what_moves_to_the_host_is_counted_there():
+    rich, poor = plan_of("meta-llama/Llama-3.1-8B-Instruct", 24), plan_of("meta-llama/Llama-3.1-8B-Instruct", 4)
+    assert rich.host_bytes == 0 and poor.streamed > 0
+    assert poor.components["embeddings"] == 0
+    slab = (rich.components["weights"] - poor.components["weights"]) / (poor.streamed - 2)
+    assert poor.host_bytes > poor.streamed * slab * 0.999 + rich.components["embeddings"]
+
+
+@pytest.mark.parametrize(
+    "model, gb, options",
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", 4.0, {"micro_batch_size": 64}),
+        ("Qwen/Qwen3-14B", 4.5, {"max_seq_length": 32768}),
+        ("Qwen/Qwen2.5-7B-Instruct", 2.5, {"bits": 16, "micro_batch_size": 16, "max_seq_length": 2048}),
+    ],
+)
+def test_what_does_not_fit_gets_remedies_that_work(model, gb, options):
+    config = TrainConfig(model=model, **options)
+    plan = plan_run(config, shape_of(model), budget(gb))
+    assert not plan.fits and plan.remedies
+    assert any("too big" in w.lower() for w in plan.words)
+    for remedy in plan.remedies:
+        changed = TrainConfig.from_dict({**config.to_dict(), **remedy.changes})
+        assert changed != config and remedy.label
+        assert plan_run(changed, shape_of(model), budget(gb)).fits, remedy
+
+
+def test_a_hopeless_budget_says_by_how_much():
+    plan = plan_of("meta-llama/Llama-2-70b-chat-hf", 1.0)
+    assert not plan.fits and not plan.remedies
+    missing = (plan.process_bytes - plan.budget.limit_bytes) / GB
+    assert f"{missing:.1f} GB" in " ".join(plan.words)
+
+
+def test_without_a_card_everything_is_in_ram():
+    plan = plan_of("demo", 8, "ram", micro_batch_size=8, max_seq_length=128)
+    assert plan.fits and plan.item == 4 and plan.unpacked
+    assert plan.streamed == 0 and not plan.embeddings_on_host and not plan.inputs_on_host and not plan.optimizer_on_host
+
+
+def test_every_known_model_can_be_planned_at_every_bit_width():
+    for name, shape in catalogue().items():
+        for bits in (4, 8, 16):
+            plan = plan_run(TrainConfig(model=name, bits=bits), shape, budget(200))
+            assert plan.fits and plan.step_s > 0 and plan.words, name
+
+
+def test_fewer_bits_take_less():
+    sizes = [plan_of("meta-llama/Llama-3.1-8B-Instruct", 100, bits=b).components["weights"] for b in (2, 3, 4, 8, 16)]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 5
+    shape = shape_of("meta-llama/Llama-3.1-8B-Instruct")
+    in_linears = 32 * sum(o * i for o, i in shape.linears().values())
+    for bits, size in zip((2, 3, 4, 8, 16), sizes):
+        assert bits <= 8 * size / in_linears < bits + 0.6
+
+
+def test_longer_examples_take_more():
+    plans = [plan_of("Qwen/Qwen3-8B", 200, max_seq_length=n) for n in (256, 512, 1024, 2048)]
+    for short, long in itertools.pairwise(plans):
+        assert short.components["activations"] < long.components["activations"] and short.step_s < long.step_s
+        assert short.components["weights"] == long.components["weights"]
+    tight = [plan_of("Qwen/Qwen3-8B", 6, max_seq_length=n).step_s for n in (256, 512, 1024, 2048)]
+    assert tight == sorted(tight)
+
+
+def test_the_budget_of_a_card_and_of_a_machine_without_one():
+    card = SimpleNamespace(total_bytes=6 * GB, free_bytes=5 * GB, used_bytes=GB, uuid="GPU-none-of-this-name")
+    asked = Budget.of(TrainConfig(vram_gb=4.5), card)
+    assert (asked.limit_bytes, asked.others_bytes, asked.total_bytes, asked.kind) == (int(4.5 * GB), GB, 6 * GB, "vram")
+    free = Budget.of(TrainConfig(), card)
+    assert 4 * GB < free.limit_bytes < 5 * GB  # a reserve is left for the desktop
+    ram = SimpleNamespace(total_bytes=16 * GB, available_bytes=9 * GB)
+    without = Budget.of(TrainConfig(), None, ram)
+    assert without.kind == "ram" and 8 * GB < without.limit_bytes < 9 * GB
+    assert Budget.of(TrainConfig(), None, None).limit_bytes == 0
+
+
+def test_planning_takes_milliseconds():
+    """The gauge asks at every keystroke. The best of several, so that a busy machine does not fail it."""
+    config, shape = TrainConfig(model="meta-llama/Llama-3.1-8B-Instruct"), shape_of("meta-llama/Llama-3.1-8B-Instruct")
+    plan_run(config, shape, budget(4))
+    for gb, limit in ((8, 0.010), (4, 0.025)):  # 4 GB walks through streamed plans
+        times = []
+        for _ in range(15):
+            start = time.process_time()
+            plan_run(config, shape, budget(gb))
+            times.append(time.process_time() - start)
+        assert min(times) < limit, (gb, min(times))
+
+
+def test_planning_imports_no_torch(root):
+    code = (
+        "import json, sys; from lowvram_tuner.config import TrainConfig; from lowvram_tuner.models.catalogue import shape_of;"
+        "from lowvram_tuner.memory.plan import Budget, plan_run;"
+        "p = plan_run(TrainConfig(model='Qwen/Qwen3-8B'), shape_of('Qwen/Qwen3-8B'), Budget(6*10**9, 0, 5*10**9, 'vram'));"
+        "heavy = [m for m in ('torch', 'transformers', 'numpy', 'gradio', 'triton') if m in sys.modules];"
+        "print(json.dumps([p.fits, heavy]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [True, []]
+
+
+def test_the_estimated_parts_are_the_engines(root):
+    """Weights, norms, adapter, optimizer and tables of a loaded tiny model, byte for byte."""
+    torch = pytest.importorskip("torch")
+    from kernels.adamw import make_state
+    from lowvram_tuner.memory.slabs import slab_bytes
+    from lowvram_tuner.models.catalogue import shape_from_values
+    from tests.engine_cases import make_case, make_plan, model_values
+
+    values = model_values("llama", False, num_hidden_layers=2)
+    shape = shape_from_values(values, "tiny")
+    config = TrainConfig(bits=4, lora_r=4, max_seq_length=64)
+    plan = plan_run(config, shape, budget(24))
+    loaded, adapter = make_case(values, 4, make_plan(head_bits=16), dtype=torch.bfloat16)
+    slabs = sum(s.buffer.numel() for s in loaded.slabs)
+    layer = {n: m.format.layout(m.out_features, m.in_features) for n, m in loaded.layers[0].named_modules() if hasattr(m, "packed")}
+    assert slabs == 2 * slab_bytes(layer)
+    norms = sum(p.numel() * 2 for n, p in loaded.model.named_parameters() if "norm" in n)
+    assert slabs + norms <= plan.components["weights"] <= slabs + norms + 2 * 4 * shape.head_dim
+    assert plan.components["adapter"] == adapter.parameters.nbytes and plan.components["gradients"] == adapter.gradients.nbytes
+    assert plan.components["embeddings"] == loaded.model.model.embed_tokens.weight.nbytes
+    head = loaded.head.packed["weight"].nbytes
+    assert head <= plan.components["head"] < head + 4096
+    state = make_state(adapter.parameters, plan.optimizer_bits)
+    assert plan.components["optimizer"] == pytest.approx(sum(t.nbytes for t in state.values()), abs=4096)
