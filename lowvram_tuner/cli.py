@@ -11,6 +11,7 @@ import dataclasses
 import os
 import sys
 import traceback
+import warnings
 from typing import Any, NoReturn
 
 from lowvram_tuner.commands import COMMANDS, Command, CommandFailed
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a Windows console's own encoding cannot print every model's answer
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    if not sys.warnoptions:  # libraries' remarks to their own callers; python -W default shows them
+        warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)\b")
     try:
         args = build_parser().parse_args(argv)
         os.environ.update(chosen_card() if args.command.uses_card else {})
