@@ -9,6 +9,7 @@ The operators are called directly so that output and log-sum-exp can be kept whi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -69,7 +70,7 @@ def _has_flash(q: torch.Tensor) -> bool:
 
 def _sequences(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
     edges = cu_seqlens.tolist()
-    return [(a, b) for a, b in zip(edges, edges[1:]) if b > a]
+    return [(a, b) for a, b in pairwise(edges) if b > a]
 
 
 def _heads_first(t: torch.Tensor, heads: int) -> torch.Tensor:

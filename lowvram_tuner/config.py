@@ -83,10 +83,7 @@ class TrainConfig:
     target_modules: tuple[str, ...] = option(
         LINEARS, "Target layers", "Linear layers that get an adapter.", choices=LINEARS
     )
-    trainable: str = option(
-        "lora", "What is trained", "'lora': the adapter; 'norm_bias': norms and biases; 'norm_bias_lora': both.",
-        choices=("lora", "norm_bias", "norm_bias_lora"),
-    )
+    trainable: str = option("lora", "What is trained", "'lora': the adapter.", choices=("lora",))
     learning_rate: float = option(2e-4, "Learning rate", "Size of a step. 1e-4 to 5e-4 suits adapters.", min=1e-8, max=1.0)
     warmup_steps: int = option(5, "Warm-up", "Steps over which the learning rate rises from zero.", min=0, max=100000)
     weight_decay: float = option(0.0, "Weight decay", "Pull of the adapter's weights towards zero.", min=0.0, max=1.0)

@@ -21,6 +21,7 @@ from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.quant.linear import QuantLinear, quant_linear
 
 NAME = "default"  # PEFT's name for the only adapter
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # as Phi-3 builds them
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
@@ -62,7 +63,8 @@ class Adapter:
 
 def attach(model: nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Adapter:
     """Wraps a model in a fresh adapter. The same seed gives the same A on every device; B starts at zero."""
-    targets = [t for t in config.target_modules if any(n.endswith(f".{t}") for n, _ in model.named_modules())]
+    wanted = [*config.target_modules, *(f for f, parts in FUSED.items() if set(parts) & set(config.target_modules))]
+    targets = [t for t in wanted if any(n.endswith(f".{t}") for n, _ in model.named_modules())]
     if not targets:
         raise ConfigError(f"target_modules={','.join(config.target_modules)} matches no layer of this model.")
     lora = LoraConfig(

@@ -23,9 +23,10 @@ from lowvram_tuner.memory.slabs import Layout, Ring, Slab, make_slab, streamed_l
 from lowvram_tuner.models.catalogue import ModelShape, shape_from_config, shape_from_values
 from lowvram_tuner.models.source import Source, locate
 from lowvram_tuner.models.weights import Weights, open_weights
+from lowvram_tuner.quant.checkpoint import Reader, open_checkpoint
 from lowvram_tuner.quant.linear import QuantLinear
 from lowvram_tuner.quant.registry import quant_format, resolve
-from lowvram_tuner.quant.spec import QuantSpec, Scratch
+from lowvram_tuner.quant.spec import QuantFormat, QuantSpec, Scratch
 
 Progress = Callable[[str, float, float], None]  # what, done, total
 
@@ -115,38 +116,56 @@ def fill(
 ) -> Loaded:  # fmt: skip
     """Gives a meta-device model its slabs, embeddings, head and norms. `weights` None: random ones of the right shape."""
     fmt = _format(spec, dtype)
-    held = _format(QuantSpec("none", 16), dtype) if plan.unpacked else fmt
-    scratch = Scratch(_scratch_bytes(model, plan, dtype), device)
-    loaded = Loaded(model, source, spec, device, dtype, scratch, slabs=[], config=model.config)
+    reader = open_checkpoint(source.folder) if weights is not None and source.gguf is None else None
+    loaded = Loaded(model, source, spec, device, dtype, Scratch(_scratch_bytes(model, plan, dtype), device), [], config=model.config)
     _load_tables(loaded, weights, plan)  # first: the unpacked head is the largest single tensor, and nothing else is here yet
     layers = model.model.layers
     streamed = streamed_layers(len(layers), plan.streamed)
-    slabs = loaded.slabs
     hosts: dict[int, torch.Tensor] = {}
     for index, layer in enumerate(layers):
         if progress:
             progress("loading layers", index, len(layers))
-        linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
-        layout: Layout = {n: held.layout(m.out_features, m.in_features) for n, m in linears.items()}
-        slab = make_slab(layout, device, pinned=index in streamed)
-        if weights is None and index:
-            slab.buffer.copy_(slabs[0].buffer)
-        else:
-            for name, linear in linears.items():
-                weight = _read(weights, f"model.layers.{index}.{name}.weight", (linear.out_features, linear.in_features), device)
-                packed = fmt.quantize(weight.to(device=device, dtype=_source_dtype(weight, dtype)))
-                if held is not fmt:
-                    packed = {"weight": fmt.dequantize(packed, torch.empty(weight.shape, dtype=dtype))}
-                _store(packed, slab.views[name])
+        slab = _fill_layer(loaded, layer, f"model.layers.{index}", fmt, weights, reader, plan, index in streamed)
         if index in streamed:
             hosts[index] = slab.buffer
-        slabs.append(slab)
-        _replace_linears(layer, linears, held, slab, scratch, weights, f"model.layers.{index}", device, dtype)
+        loaded.slabs.append(slab)
     loaded.ring = _make_ring(layers, hosts, device) if hosts else None
     _load_small(model, weights, device, dtype)
     if progress:
         progress("loading layers", len(layers), len(layers))
     return loaded
+
+
+def _fill_layer(
+    loaded: Loaded, layer: nn.Module, prefix: str, fmt: QuantFormat, weights: Weights | None, reader: Reader | None,
+    plan: Plan, pinned: bool,
+) -> Slab:  # fmt: skip
+    """One layer's slab, filled, with its linears replaced by views of it. A quantized checkpoint's tensors are taken as they
+    are; everything else is quantized here, one weight at a time."""
+    device, dtype = loaded.device, loaded.dtype
+    linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    stored = {n: reader.load(f"{prefix}.{n}") for n in linears if reader and reader.holds(f"{prefix}.{n}")}
+    formats = {n: _format(stored[n].spec, dtype) if n in stored else fmt for n in linears}
+    plain = _format(QuantSpec("none", 16), dtype)
+    held = {n: plain if plan.unpacked else f for n, f in formats.items()}
+    layout: Layout = {n: held[n].layout(m.out_features, m.in_features) for n, m in linears.items()}
+    slab = make_slab(layout, device, pinned=pinned)
+    if weights is None and loaded.slabs:  # random weights: every layer is the first one again
+        slab.buffer.copy_(loaded.slabs[0].buffer)
+    else:
+        for name, linear in linears.items():
+            shape = (linear.out_features, linear.in_features)
+            if name in stored:
+                packed = {k: v.to(device) for k, v in stored[name].packed.items()}
+            else:
+                weight = _read(weights, f"{prefix}.{name}.weight", shape, device)
+                packed = formats[name].quantize(weight.to(device=device, dtype=_source_dtype(weight, dtype)))
+            if held[name] is not formats[name]:
+                packed = {"weight": formats[name].dequantize(packed, torch.empty(shape, dtype=dtype))}
+            _store(packed, slab.views[name])
+    for name, linear in linears.items():
+        _replace_linear(layer, name, linear, held[name], slab, loaded.scratch, weights, prefix)
+    return slab
 
 
 def _format(spec: QuantSpec, dtype: torch.dtype) -> Any:
@@ -177,15 +196,14 @@ def _store(packed: dict[str, torch.Tensor], views: dict[str, torch.Tensor]) -> N
         view.copy_(packed[name].view(view.shape) if packed[name].shape != view.shape else packed[name])
 
 
-def _replace_linears(layer, linears, fmt, slab, scratch, weights, prefix, device, dtype) -> None:
-    for name, linear in linears.items():
-        bias = None
-        if linear.bias is not None:
-            bias = _read(weights, f"{prefix}.{name}.bias", (linear.out_features,)).to(device=device, dtype=dtype)
-        quantized = QuantLinear(linear.in_features, linear.out_features, fmt, bias)
-        quantized.bind(slab.views[name], scratch)
-        parent, _, leaf = name.rpartition(".")
-        setattr(layer.get_submodule(parent), leaf, quantized)
+def _replace_linear(layer, name, linear, fmt, slab, scratch, weights, prefix) -> None:
+    bias = None
+    if linear.bias is not None:
+        bias = _read(weights, f"{prefix}.{name}.bias", (linear.out_features,)).to(scratch.buffer.device, linear.bias.dtype)
+    quantized = QuantLinear(linear.in_features, linear.out_features, fmt, bias)
+    quantized.bind(slab.views[name], scratch)
+    parent, _, leaf = name.rpartition(".")
+    setattr(layer.get_submodule(parent), leaf, quantized)
 
 
 def _make_ring(layers: nn.ModuleList, hosts: dict[int, torch.Tensor], device: torch.device) -> Ring:
