@@ -17,10 +17,10 @@ from kernels.hadamard import SMALLEST, remaining_scale, sides, split
 def rotate_segments(
     x: torch.Tensor, pre: torch.Tensor | None, post: torch.Tensor | None, out: torch.Tensor, add: bool
 ) -> torch.Tensor:
-    """For n = D m columns and m >= SMALLEST; pre and post are fp32 [n]. Returns out, [M, n] contiguous, which may be x."""
+    """For n = D m columns and m >= SMALLEST; pre and post are fp32 [n]. Returns out, [M, n], which may be x."""
     n = x.shape[1]
     dense, m = split(n)
-    if x.stride(1) != 1 or not out.is_contiguous() or out.shape != x.shape:
+    if x.stride(1) != 1 or out.stride(1) != 1 or out.shape != x.shape:
         raise ValueError(f"rotations need contiguous rows and an out of x's shape; got strides {x.stride()}, out {tuple(out.shape)}.")
     a, b = sides(m)
     segments = x.shape[0] * dense
@@ -28,8 +28,8 @@ def rotate_segments(
     rows = max(SMALLEST, 4096 // m) if a == 1 else (4 if segments >= 2048 else 1)
     warps = min(8, max(1, max(rows, a) * b // 1024)) if a == 1 else min(8, max(1, m // 1024))
     _sylvester_kernel[(triton.cdiv(segments, rows),)](
-        x, out, x if pre is None else pre, x if post is None else post, segments, dense, x.stride(0), remaining_scale(n),
-        A=a, B=b, ROWS=rows, PRE=pre is not None, POST=post is not None, ADD=add, num_warps=warps,
+        x, out, x if pre is None else pre, x if post is None else post, segments, dense, x.stride(0), out.stride(0), remaining_scale(n),
+        A=a, B=b, ROWS=rows, PRE=pre is not None, POST=post is not None, ADD=add, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -86,7 +86,7 @@ def _rotated(
 
 @triton.jit
 def _sylvester_kernel(
-    x_ptr, out_ptr, pre_ptr, post_ptr, segments, dense, x_stride, scale,
+    x_ptr, out_ptr, pre_ptr, post_ptr, segments, dense, x_stride, out_stride, scale,
     A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr,
     PRE: tl.constexpr, POST: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def _sylvester_kernel(
         segment = (first + tl.arange(0, ROWS))[:, None]  # tile [ROWS, B]
         vector = segment % dense * B + column
         source = (segment // dense).to(tl.int64) * x_stride + vector
-        target = segment.to(tl.int64) * B + column
+        target = (segment // dense).to(tl.int64) * out_stride + vector
         inside = segment + column * 0 < segments
         _rotated(x_ptr, out_ptr, pre_ptr, post_ptr, source, target, vector, inside, scale, s_b, s_b, PRE, POST, ADD, False)
     else:
@@ -109,6 +109,6 @@ def _sylvester_kernel(
             segment = first + i
             vector = segment % dense * (A * B) + inner
             source = (segment // dense).to(tl.int64) * x_stride + vector
-            target = segment.to(tl.int64) * (A * B) + inner
+            target = (segment // dense).to(tl.int64) * out_stride + vector
             inside = segment + inner * 0 < segments
             _rotated(x_ptr, out_ptr, pre_ptr, post_ptr, source, target, vector, inside, scale, s_a, s_b, PRE, POST, ADD, True)
