@@ -6,7 +6,7 @@ weight for the inputs it will see, which come from layers already quantized:
     minimize || W X_full - Q X ||^2        X: inputs behind quantized layers, X_full: behind the original ones
 
 which is rounding W' = W + W (X_full - X) X.T (X X.T)^-1 for the Hessian X X.T: a layer also corrects what the layers before
-it got wrong. Finished layers are kept in a folder beside the output, so that a killed run goes on where it stopped.
+it got wrong (half of it: see CORRECTION). Finished layers are kept in a folder beside the output, so that a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float, float], None]  # what, done, total
 
 ROWS = 64  # calibration sequences
-CORRECTION = 1.0  # share of the earlier layers' error that a layer takes upon itself
+# Share of the earlier layers' error that a layer takes upon itself. Perplexity of the demo model with its first six layers at
+# 3 bits, 32 rows of calibration: 16-bit 25.22, share 0 27.76, 0.5 27.24, 1 27.76 (all of it also fits the calibration's noise).
+CORRECTION = 0.5
 DAMPING = (0.0, 0.03, 0.1, 0.3, 1.0, 10.0)  # of H's mean diagonal, added one after the other until rounding succeeds
 SOLVE_DAMPING = 0.01  # of the least squares behind W'
 GROUPED = ("gptq", "hqq")
