@@ -6,7 +6,8 @@ weight for the inputs it will see, which come from layers already quantized:
     minimize || W X_full - Q X ||^2        X: inputs behind quantized layers, X_full: behind the original ones
 
 which is rounding W' = W + W (X_full - X) X.T (X X.T)^-1 for the Hessian X X.T: a layer also corrects what the layers before
-it got wrong (half of it: see CORRECTION). Finished layers are kept in a folder beside the output, so that a killed run goes on where it stopped.
+it got wrong (half of it: see CORRECTION). Finished layers are kept in a folder beside the output, so that a killed run goes
+on where it stopped.
 """
 
 from __future__ import annotations
