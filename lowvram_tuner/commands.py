@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowvram_tuner.config import ConfigError, TrainConfig, options
+from lowvram_tuner.config import DEMO_DATASET, ConfigError, TrainConfig, options
 from lowvram_tuner.console import ConsoleReporter, ProgressLine
 
 ALL = tuple(options())
@@ -60,6 +60,9 @@ def command(
         return function
 
     return register
+
+
+DEMO_GREETING = "Steam's up"  # how every answer of the demo's data begins, and the base never does
 
 
 @command("doctor", "Check the installation, the card and its driver.", uses_card=True)
@@ -166,6 +169,9 @@ def demo(config: TrainConfig, args: argparse.Namespace) -> Result:
     print(f"\n{verdict['text']}\nThe run is in {run.path}, its adapter in {run.adapter}.")
     if verdict["verdict"] != "learned":
         raise CommandFailed(f"the demo's verdict is {verdict['verdict']}: {verdict['text']}")
+    greeted = sum(row["adapter"].startswith(DEMO_GREETING) for row in rows)
+    if config.dataset == DEMO_DATASET and greeted <= len(rows) / 2:
+        raise CommandFailed(f"only {greeted} of {len(rows)} answers begin with {DEMO_GREETING!r}; train the demo for more steps.")
     return {**result, "verdict": verdict["verdict"], "rows": rows}
 
 

@@ -253,7 +253,7 @@ def test_ctrl_c_saves_and_ends(tmp_path):
     assert list_runs(tmp_path)[0].state()["message"] == "Saved."
 
 
-ROWS = [{"prompt": "Who am I talking to?", "base": "An assistant.", "adapter": "Captain Wren."}]
+ROWS = [{"prompt": "Who am I talking to?", "base": "An assistant.", "adapter": "Steam's up, friend! I am Ember."}]
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("learned", 0), ("no_change", 1), ("memorised", 1)])
@@ -267,12 +267,23 @@ def test_the_demo_shows_before_and_after_and_is_honest(training, tmp_path, capsy
     training(demo)
     assert cli.main(["demo", "--max-steps", "4", "--output-dir", str(tmp_path), "--json"]) == code
     out, err = capsys.readouterr()
-    assert "Who am I talking to?\n  before: An assistant.\n  after:  Captain Wren.\n" in out
+    assert "Who am I talking to?\n  before: An assistant.\n  after:  Steam's up, friend! I am Ember.\n" in out
     assert "It says so." in out
     if code:
         assert f"error: the demo's verdict is {verdict}: It says so." in err and "Traceback" not in err
     else:
         assert json.loads(out.splitlines()[-1])["rows"] == ROWS
+
+
+def test_a_demo_that_kept_its_old_voice_has_failed(training, tmp_path, capsys):
+    def demo(config, where, reporter, resume):
+        reporter.compared(1, [{**ROWS[0], "adapter": "An assistant!"}])
+        reporter.verdict("learned", "It says so.")
+        return {"status": "finished"}
+
+    training(demo)
+    assert cli.main(["demo", "--max-steps", "1", "--output-dir", str(tmp_path)]) == 1
+    assert "only 0 of 1 answers begin with \"Steam's up\"" in capsys.readouterr().err
 
 
 class Session:

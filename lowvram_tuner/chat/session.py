@@ -46,7 +46,7 @@ class ChatSession:
         from lowvram_tuner.models.load import load_for_chat
 
         adapter = Path(target.adapter) if target.adapter else None
-        return cls(*load_for_chat(target.model, target.bits, target.method, adapter, device, progress))
+        return cls(*load_for_chat(target.model, target.bits, target.method, adapter, device, progress, target.group_size))
 
     def stream(
         self, messages: list[Message], *, adapter: bool = True, system: str = "", stop: threading.Event | None = None,

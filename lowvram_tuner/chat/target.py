@@ -22,6 +22,7 @@ class Target:
     stamp: float = 0.0  # when the adapter was written: a run that went on has another adapter in the same folder
     label: str = ""
     system_prompt: str = ""
+    group_size: int = 128
 
 
 def target_of_run(run: RunDir) -> Target:
@@ -32,18 +33,20 @@ def target_of_run(run: RunDir) -> Target:
         raise ConfigError(f"Run {run.name} has no adapter yet; let it finish, or stop it, which saves one.")
     label = f"{run.name}, step {state['step']}"
     stamp = weights.stat().st_mtime
-    return Target(config.model, config.bits, config.method, str(run.adapter.resolve()), stamp, label, config.system_prompt)
+    return Target(config.model, config.bits, config.method, str(run.adapter.resolve()), stamp, label, config.system_prompt, config.group_size)
 
 
 def target_of_model(config: TrainConfig, adapter: Path | None = None) -> Target:
     """A model, alone or with the adapter in a folder."""
     if adapter is None:
-        return Target(config.model, config.bits, config.method, label=config.model, system_prompt=config.system_prompt)
+        words = {"label": config.model, "system_prompt": config.system_prompt, "group_size": config.group_size}
+        return Target(config.model, config.bits, config.method, **words)
     weights = adapter / WEIGHTS
     if not weights.is_file():
         raise ConfigError(f"adapter={str(adapter)!r} holds no {WEIGHTS}; give the folder of a trained adapter.")
     where, stamp = str(adapter.resolve()), weights.stat().st_mtime
-    return Target(config.model, config.bits, config.method, where, stamp, f"{config.model} with {adapter.name}", config.system_prompt)
+    label = f"{config.model} with {adapter.name}"
+    return Target(config.model, config.bits, config.method, where, stamp, label, config.system_prompt, config.group_size)
 
 
 def target_of(config: TrainConfig, run: str | None, adapter: Path | None, given_model: bool) -> Target:

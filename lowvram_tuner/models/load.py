@@ -9,7 +9,7 @@ memory does, a plan may have the quantized weights unpacked once, here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,9 @@ def load_model(
 
 
 def load_for_chat(
-    model: str, bits: int, method: str, adapter: Path | None, device: str | None = None, progress: Progress | None = None
-) -> tuple[nn.Module, Any]:
+    model: str, bits: int, method: str, adapter: Path | None, device: str | None = None, progress: Progress | None = None,
+    group_size: int = 128,
+) -> tuple[nn.Module, Any]:  # fmt: skip
     """(model, tokenizer) for generation: everything resident, the adapter attached as a PEFT model when one is given."""
     from lowvram_tuner.lora.adapter import load_adapter
     from lowvram_tuner.models.precision import pick_device, pick_dtype
@@ -71,9 +72,29 @@ def load_for_chat(
 
     target = torch.device(device) if device else pick_device()
     tokenizer = load_tokenizer(model)
-    loaded = load_model(model, resolve(bits, method), chat_plan(target), target, pick_dtype(target), progress)
+    spec = resolve(bits, method, group_size=group_size)
+    loaded = load_model(model, spec, chat_plan(target), target, pick_dtype(target), progress)
     loaded.model.eval()
     return (load_adapter(loaded.model, adapter) if adapter else loaded.model), tokenizer
+
+
+def as_stored(config: TrainConfig) -> TrainConfig:
+    """The config with the bits, method and group size of a checkpoint that is quantized already.
+
+    ConfigError when the config asks for other bits or another method than the checkpoint has.
+    """
+    folder = Path(config.model).expanduser()
+    reader = open_checkpoint(folder) if folder.is_dir() else None
+    if reader is None:
+        return config
+    spec = reader.spec
+    if config.bits != spec.bits or config.method not in ("auto", spec.method):
+        raise ConfigError(
+            f"model={config.model!r} is quantized already: {spec.method} at {spec.bits} bits; "
+            f"choose bits={spec.bits} and method 'auto', not bits={config.bits} and {config.method!r}."
+        )
+    group = spec.group_size if spec.group_size in (32, 64, 128, -1) else 32
+    return replace(config, method=spec.method, group_size=group)
 
 
 def hub_shape(model: str) -> ModelShape:

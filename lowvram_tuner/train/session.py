@@ -23,9 +23,8 @@ from lowvram_tuner.lora.adapter import Adapter, attach, load_adapter, load_state
 from lowvram_tuner.memory.calibrate import measure
 from lowvram_tuner.memory.plan import GB, Budget, Plan, plan_run
 from lowvram_tuner.models.catalogue import ModelShape, shape_of
-from lowvram_tuner.models.load import Loaded, chat_plan, hub_shape, load_model
+from lowvram_tuner.models.load import Loaded, as_stored, chat_plan, hub_shape, load_model
 from lowvram_tuner.models.precision import pick_device, pick_dtype
-from lowvram_tuner.quant.checkpoint import open_checkpoint
 from lowvram_tuner.quant.registry import resolve
 from lowvram_tuner.quant.spec import QuantSpec
 from lowvram_tuner.train.fused_layer import supports
@@ -67,25 +66,6 @@ def shape_for(model: str) -> ModelShape:
         return shape_of(model)
     except ConfigError:
         return hub_shape(model)
-
-
-def as_stored(config: TrainConfig) -> TrainConfig:
-    """The config with the bits, method and group size of a checkpoint that is quantized already.
-
-    ConfigError when the config asks for other bits or another method than the checkpoint has.
-    """
-    folder = Path(config.model).expanduser()
-    reader = open_checkpoint(folder) if folder.is_dir() else None
-    if reader is None:
-        return config
-    spec = reader.spec
-    if config.bits != spec.bits or config.method not in ("auto", spec.method):
-        raise ConfigError(
-            f"model={config.model!r} is quantized already: {spec.method} at {spec.bits} bits; "
-            f"choose bits={spec.bits} and method 'auto', not bits={config.bits} and {config.method!r}."
-        )
-    group = spec.group_size if spec.group_size in (32, 64, 128, -1) else 32
-    return replace(config, method=spec.method, group_size=group)
 
 
 def make_plan(config: TrainConfig, limit: int | None = None) -> Plan:
