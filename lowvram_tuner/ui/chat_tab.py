@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from lowvram_tuner.chat.client import ChatClient, ChatError, ChatStatus
 from lowvram_tuner.chat.sampling import MOST_TOKENS, Sampling
-from lowvram_tuner.chat.target import Target, target_of_model, target_of_run
+from lowvram_tuner.chat.target import WEIGHTS, Target, target_of_model, target_of_run
 from lowvram_tuner.config import DEMO_MODEL, ConfigError, TrainConfig
 from lowvram_tuner.train.lock import Busy
 from lowvram_tuner.ui.desk import Desk
@@ -92,7 +93,7 @@ class ChatTab:
 
     def _top(self) -> None:
         with gr.Row(elem_id="chat-top", equal_height=True):
-            self.target = gr.Dropdown([(short_model(DEMO_MODEL), UNTRAINED)], value=UNTRAINED, label="Talk to", elem_id="chat-target", interactive=True, scale=2)
+            self.target = gr.Dropdown([(short_model(DEMO_MODEL), UNTRAINED)], value=None, label="Talk to", elem_id="chat-target", interactive=True, scale=2)
             self.adapter = gr.Checkbox(True, label="With what it learned", elem_id="chat-adapter", interactive=False, scale=0, min_width=190)
             self.compare = gr.Checkbox(False, label="Side by side with the base", elem_id="chat-compare", interactive=False, scale=0, min_width=220)
             self.cpu = gr.Checkbox(False, label="Answer on the processor", elem_id="chat-cpu", interactive=True, visible=False, scale=0, min_width=200)
@@ -137,12 +138,19 @@ class ChatTab:
 
     def targets(self, value: str | None) -> Any:
         """The dropdown's choices: runs that have an adapter, the newest first, then the untrained demo model."""
+        choices = self._choices()
+        return gr.update(choices=choices, value=self._preferred(value, choices))
+
+    def _choices(self) -> list[tuple[str, str]]:
         rows = self.desk.table()[:TARGETS]
-        choices = [(_run_label(r), f"run:{r['id']}") for r in rows if (self.desk.root / r["id"] / "adapter" / "adapter_model.safetensors").is_file()]
-        choices.append((f"{short_model(DEMO_MODEL)}, untrained", UNTRAINED))
-        known = [v for _, v in choices]
-        keep = value in known and not (value == UNTRAINED and len(choices) > 1 and self.client.status().state == "closed")
-        return gr.update(choices=choices, value=value if keep else known[0])
+        found = [(_run_label(r), f"run:{r['id']}") for r in rows if (self.desk.root / r["id"] / "adapter" / WEIGHTS).is_file()]
+        return [*found, (f"{short_model(DEMO_MODEL)}, untrained", UNTRAINED)]
+
+    def _preferred(self, value: str | None, choices: list[tuple[str, str]]) -> str:
+        """A choice once made; before that what a warm worker already holds, else the newest run."""
+        known, held = [v for _, v in choices], self.client.status().target
+        warm = f"run:{Path(held.adapter).parent.name}" if held and held.adapter else UNTRAINED if held else ""
+        return next(v for v in (value, warm, known[0]) if v in known)
 
     def chosen(self, target: Any) -> list[Any]:
         """Another target begins another conversation; without an adapter there is nothing to switch or to compare."""
@@ -225,15 +233,13 @@ class ChatTab:
         Sampling(**sampling)
         blocked = self.client.blocked_by() is not None
         device = "cpu" if cpu and blocked else None
-        return Wish(str(target), bool(adapter), bool(compare), str(system or ""), sampling, device)
+        target = self._preferred(target, self._choices())
+        return Wish(target, bool(adapter), bool(compare), str(system or ""), sampling, device)
 
     def _target(self, wish: Wish) -> Target:
-        kind, _, name = wish.target.partition(":")
-        if kind == "run":
-            return target_of_run(self.desk.run(name))
-        if wish.target != UNTRAINED:
-            raise ConfigError("Choose what to talk to.")
-        return target_of_model(TrainConfig(model=DEMO_MODEL))
+        if wish.target == UNTRAINED:
+            return target_of_model(TrainConfig(model=DEMO_MODEL))
+        return target_of_run(self.desk.run(wish.target.removeprefix("run:")))
 
     def _page(self, turns: list[Turn], busy: bool, problem: str = "", clear: bool = False, text: str = "") -> list[Any]:
         """Updates in the order of `fills`."""

@@ -42,6 +42,9 @@ def test_demo_from_start_to_a_streamed_answer(real, tab):
     more(page)
     set_number(page, "max-steps", 4)
     set_number(page, "max-seq-length", 64)
+    set_number(page, "held-out", 0.02)
+    page.locator("#compare-prompts textarea").fill("Which town is your home?\nWho is the mayor in Port Tallow?")
+    page.locator("#compare-prompts textarea").press("Tab")
     page.locator("#batch-size input[type=number]").fill("2")
     page.locator("#batch-size input[type=number]").press("Tab")
     page.locator("#start").click()
@@ -49,7 +52,7 @@ def test_demo_from_start_to_a_streamed_answer(real, tab):
     page.reload()
     page.wait_for_selector("#stop", state="visible")
     assert "Finished after 4 steps" in until(page, "progress", r"Finished|Failed|Stopped", PATIENCE)
-    assert page.locator("#answers tbody tr").count() >= 3
+    assert page.locator("#answers tbody tr").count() == 2
     assert page.locator("#loss-plot polyline").count() >= 1
     assert len(list_runs(real.root)) == 1
 
