@@ -120,6 +120,31 @@ def evaluate(config: TrainConfig, args: argparse.Namespace) -> Result:
     return perplexity(config, str(args.adapter) if args.adapter else None, args.text)
 
 
+def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, help="A new folder for the quantized checkpoint.")
+    parser.add_argument("--calibration", type=Path, help="Text or examples to calibrate on; gptq and quip need it.")
+    parser.add_argument("--rows", type=int, default=64, help="Rows of calibration. Default: 64.")
+    parser.add_argument("--desc-act", action="store_true", help="gptq: round the most important columns first.")
+
+
+@command("quantize", "Quantize a model once, into a checkpoint of the method's own format.",
+         (*MODEL, "max_seq_length"), _quantize_arguments, uses_card=True)  # fmt: skip
+def quantize(config: TrainConfig, args: argparse.Namespace) -> Result:
+    if args.rows < 1:
+        raise ConfigError(f"rows={args.rows} is too few; calibrate on 1 or more.")
+    from lowvram_tuner.quant.calibrate import quantize_model
+    from lowvram_tuner.quant.registry import resolve
+
+    spec = resolve(config.bits, config.method, group_size=config.group_size, desc_act=args.desc_act)
+
+    def progress(what: str, done: float, total: float) -> None:
+        print(f"\r{what}: {done:g} of {total:g}   ", end="", file=sys.stderr, flush=True)
+
+    return quantize_model(
+        config.model, spec, args.calibration, args.output, config.max_seq_length, args.rows, progress=progress
+    )  # fmt: skip
+
+
 @command("data", "Read a dataset as training would, and report what is in it.", DATA)
 def data(config: TrainConfig, args: argparse.Namespace) -> Result:
     from lowvram_tuner.data.prepare import report

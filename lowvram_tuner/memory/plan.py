@@ -165,7 +165,7 @@ def _streaming(work: Work, choice: _Choice, plan: Plan) -> _Choice:
 
 
 def _work(config: TrainConfig, shape: ModelShape, budget: Budget) -> Work:
-    spec = resolve(config.bits, config.method, group_size=config.group_size)
+    spec = resolve(config.bits, config.method, group_size=shape.group_for(config.group_size))
     tokens = config.micro_batch_size * config.max_seq_length
     return Work(shape, spec, tokens, config.lora_r, config.target_modules, item=2 if budget.kind == "vram" else 4)
 

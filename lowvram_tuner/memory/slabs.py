@@ -9,6 +9,7 @@ weights only ever travel host to device.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,22 +30,33 @@ class Slab:
 
 def slab_bytes(layout: Layout) -> int:
     """Size of a slab with that layout."""
-    return sum(_aligned(spec.nbytes) for tensors in layout.values() for spec in tensors.values())
+    return sum(_aligned(spec.nbytes) for spec in {_place(linear, name, spec): spec for linear, name, spec in _tensors(layout)}.values())
 
 
 def make_slab(layout: Layout, device: torch.device | str, pinned: bool = False, buffer: torch.Tensor | None = None) -> Slab:
     """An uninitialized slab, or the views of a layout in `buffer`, which must be large enough."""
     if buffer is None:
         buffer = _pinned(slab_bytes(layout)) if pinned else torch.empty(slab_bytes(layout), dtype=torch.uint8, device=device)
-    views: dict[str, dict[str, torch.Tensor]] = {}
+    views: dict[str, dict[str, torch.Tensor]] = {linear: {} for linear in layout}
+    places: dict[tuple, torch.Tensor] = {}
     offset = 0
-    for linear, tensors in layout.items():
-        views[linear] = {}
-        for name, spec in tensors.items():
+    for linear, name, spec in _tensors(layout):
+        place = _place(linear, name, spec)
+        if place not in places:
             part = buffer[offset : offset + spec.nbytes]
-            views[linear][name] = part.view(getattr(torch, spec.dtype)).view(spec.shape)
+            places[place] = part.view(getattr(torch, spec.dtype)).view(spec.shape)
             offset += _aligned(spec.nbytes)
+        views[linear][name] = places[place]
     return Slab(buffer, views)
+
+
+def _tensors(layout: Layout) -> Iterator[tuple[str, str, TensorSpec]]:
+    return ((linear, name, spec) for linear, tensors in layout.items() for name, spec in tensors.items())
+
+
+def _place(linear: str, name: str, spec: TensorSpec) -> tuple:
+    """What a tensor is told apart by: linears of one module (q, k, v) hold a shared tensor once."""
+    return (linear.rpartition(".")[0], name, spec) if spec.shared else (linear, name)
 
 
 class Ring:

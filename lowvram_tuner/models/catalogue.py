@@ -39,6 +39,12 @@ class ModelShape:
             "gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i),
         }  # fmt: skip
 
+    def group_for(self, group_size: int) -> int:
+        """The largest group of at most `group_size` columns that divides every linear's inputs; -1, a whole row, if none."""
+        inputs = {i for _, i in self.linears().values()}
+        fitting = [g for g in (128, 64, 32) if g <= group_size and all(i % g == 0 for i in inputs)]
+        return fitting[0] if fitting else -1
+
     @property
     def parameters(self) -> int:
         """Weights in linears, embeddings and head."""

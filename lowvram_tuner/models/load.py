@@ -20,7 +20,7 @@ from kernels.gather import gather_rows
 from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.memory.plan import Budget, Plan
 from lowvram_tuner.memory.slabs import Layout, Ring, Slab, make_slab, streamed_layers
-from lowvram_tuner.models.catalogue import ModelShape, shape_from_config, shape_from_values
+from lowvram_tuner.models.catalogue import ModelShape, shape_from_config, shape_from_values, shape_of
 from lowvram_tuner.models.source import Source, locate
 from lowvram_tuner.models.weights import Weights, open_weights
 from lowvram_tuner.quant.checkpoint import Reader, open_checkpoint
@@ -72,7 +72,7 @@ def load_for_chat(
 
     target = torch.device(device) if device else pick_device()
     tokenizer = load_tokenizer(model)
-    spec = resolve(bits, method, group_size=group_size)
+    spec = spec_for(TrainConfig(model=model, bits=bits, method=method, group_size=group_size))
     loaded = load_model(model, spec, chat_plan(target), target, pick_dtype(target), progress)
     loaded.model.eval()
     return (load_adapter(loaded.model, adapter) if adapter else loaded.model), tokenizer
@@ -95,6 +95,20 @@ def as_stored(config: TrainConfig) -> TrainConfig:
         )
     group = spec.group_size if spec.group_size in (32, 64, 128, -1) else 32
     return replace(config, method=spec.method, group_size=group)
+
+
+def spec_for(config: TrainConfig) -> QuantSpec:
+    """How a config's model is held: as its checkpoint stores it, or quantized on load with groups that fit its shape."""
+    config = as_stored(config)
+    return resolve(config.bits, config.method, group_size=shape_for(config.model).group_for(config.group_size))
+
+
+def shape_for(model: str) -> ModelShape:
+    """The model's shape: from the catalogue or its files, fetched from the hub when it is not here yet."""
+    try:
+        return shape_of(model)
+    except ConfigError:
+        return hub_shape(model)
 
 
 def hub_shape(model: str) -> ModelShape:
@@ -177,6 +191,9 @@ def _fill_layer(
         for name, linear in linears.items():
             shape = (linear.out_features, linear.in_features)
             if name in stored:
+                if (stored[name].out_features, stored[name].in_features) != shape:
+                    seen = (stored[name].out_features, stored[name].in_features)
+                    raise ConfigError(f"{prefix}.{name} is stored as {seen}, but the model's config asks for {shape}.")
                 packed = {k: v.to(device) for k, v in stored[name].packed.items()}
             else:
                 weight = _read(weights, f"{prefix}.{name}.weight", shape, device)
@@ -311,8 +328,6 @@ def random_model(config_values: dict[str, Any], spec: QuantSpec, plan: Plan, dev
 
 def config_values(config: TrainConfig) -> dict[str, Any]:
     """The transformers config of a catalogue shape, for `random_model`."""
-    from lowvram_tuner.models.catalogue import shape_of
-
     s = shape_of(config.model)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings")  # fmt: skip

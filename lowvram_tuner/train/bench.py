@@ -19,9 +19,8 @@ from lowvram_tuner.hardware.card import read_card
 from lowvram_tuner.lora.adapter import attach
 from lowvram_tuner.memory.plan import GB, Plan
 from lowvram_tuner.models.catalogue import shape_of
-from lowvram_tuner.models.load import Loaded, config_values, load_model, random_model
+from lowvram_tuner.models.load import Loaded, config_values, load_model, random_model, spec_for
 from lowvram_tuner.models.precision import pick_device, pick_dtype
-from lowvram_tuner.quant.registry import resolve
 from lowvram_tuner.train.graph import CapturedStep
 from lowvram_tuner.train.optimizer import Optimizer
 from lowvram_tuner.train.session import cap_allocator, make_plan
@@ -81,7 +80,7 @@ def bench(config: TrainConfig, steps: int = 10, random_weights: bool = False, ca
 
 
 def _load(config: TrainConfig, plan: Plan, device: torch.device, random_weights: bool) -> Loaded:
-    spec, dtype = resolve(config.bits, config.method, group_size=config.group_size), pick_dtype(device, config.precision)
+    spec, dtype = spec_for(config), pick_dtype(device, config.precision)
     if random_weights:
         return random_model(config_values(config), spec, plan, device, dtype)
     return load_model(config.model, spec, plan, device, dtype)

@@ -22,11 +22,8 @@ from lowvram_tuner.hardware.ram import read_ram
 from lowvram_tuner.lora.adapter import Adapter, attach, load_adapter, load_state
 from lowvram_tuner.memory.calibrate import measure
 from lowvram_tuner.memory.plan import GB, Budget, Plan, plan_run
-from lowvram_tuner.models.catalogue import ModelShape, shape_of
-from lowvram_tuner.models.load import Loaded, as_stored, chat_plan, hub_shape, load_model
+from lowvram_tuner.models.load import Loaded, as_stored, chat_plan, load_model, shape_for, spec_for
 from lowvram_tuner.models.precision import pick_device, pick_dtype
-from lowvram_tuner.quant.registry import resolve
-from lowvram_tuner.quant.spec import QuantSpec
 from lowvram_tuner.train.fused_layer import supports
 from lowvram_tuner.train.graph import CapturedStep
 from lowvram_tuner.train.hf_step import TransformersStep
@@ -60,14 +57,6 @@ class Session:
         self.optimizer.restore(tensors, numbers)
 
 
-def shape_for(model: str) -> ModelShape:
-    """The model's shape: from the catalogue or its files, fetched from the hub when it is not here yet."""
-    try:
-        return shape_of(model)
-    except ConfigError:
-        return hub_shape(model)
-
-
 def make_plan(config: TrainConfig, limit: int | None = None) -> Plan:
     """The plan for this machine as it is now; `limit` replaces the budget in bytes. ConfigError when nothing fits."""
     config = as_stored(config)
@@ -91,7 +80,7 @@ def build(config: TrainConfig, plan: Plan, progress: Callable[[str, float, float
     device = pick_device()
     dtype = pick_dtype(device, config.precision)
     cap_allocator(device, plan)
-    loaded = load_model(config.model, _spec(config), plan, device, dtype, progress)
+    loaded = load_model(config.model, spec_for(config), plan, device, dtype, progress)
     adapter = attach(loaded.model, config, device, dtype)
     optimizer = Optimizer(adapter, config, plan.optimizer_bits, plan.optimizer_on_host)
     if supports(loaded.model, config.max_seq_length) and config.lora_dropout == 0:
@@ -117,7 +106,7 @@ def open_for_reading(config: TrainConfig, adapter: Path | None) -> tuple[FusedSt
     """A step that only evaluates: the model of a config, with a saved adapter when one is given."""
     device = pick_device()
     plan = chat_plan(device)
-    loaded = load_model(config.model, _spec(config), plan, device, pick_dtype(device, config.precision))
+    loaded = load_model(config.model, spec_for(config), plan, device, pick_dtype(device, config.precision))
     attached = load_adapter(loaded.model, adapter) if adapter else None
     if supports(loaded.model, config.max_seq_length):
         return FusedStep(loaded, attached, plan, config.max_seq_length), device
@@ -157,8 +146,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _spec(config: TrainConfig) -> QuantSpec:
-    config = as_stored(config)
-    return resolve(config.bits, config.method, group_size=config.group_size)
