@@ -8,7 +8,7 @@ Rotations spread outliers over whole rows and columns, so that eight rotated val
     y = SV * U_out (Wq (U_in^T (SU * x)))         grad_x = SU * U_in (Wq^T (U_out^T (SV * grad_y)))
 
 QuIP#'s own checkpoints fuse q, k, v and up, gate into one weight whose rows U_out mixes, so the three or two cannot be told
-apart any more. Each of them is then a `part` of the whole: it holds all codes and uses some rows of the result.
+apart any more. Each of them is then a `part` of the whole: it shares all codes and uses some rows of the result.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Quip(QuantFormat):
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         rows = self.whole_rows or out_features
         check_shape(rows, in_features)
-        codes = (rows, in_features // 8)
-        tensors = {"codes": TensorSpec(codes, "int16")}
+        codes, shared = (rows, in_features // 8), bool(self.whole_rows)
+        tensors = {"codes": TensorSpec(codes, "int16", shared)}
         if self.spec.bits > 2:
-            tensors["residual"] = TensorSpec(codes, RESIDUAL_DTYPE[self.spec.bits])
+            tensors["residual"] = TensorSpec(codes, RESIDUAL_DTYPE[self.spec.bits], shared)
         return tensors | {"SU": TensorSpec((in_features,), "float32"), "SV": TensorSpec((out_features,), "float32")}
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -105,9 +105,8 @@ class Quip(QuantFormat):
         return out
 
     def matmul(self, x: torch.Tensor, packed: dict[str, torch.Tensor], out_features: int) -> torch.Tensor:
-        from kernels.matmul_e8p import matmul
-
         from kernels.hadamard import rotate
+        from kernels.matmul_e8p import matmul
 
         turned = rotate(x, transposed=True, pre=packed["SU"])
         product = matmul(turned, packed["codes"], packed.get("residual"), self.residual_scale)

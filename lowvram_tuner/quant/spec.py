@@ -43,10 +43,11 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype (torch's name for it) of one packed tensor."""
+    """Shape and dtype (torch's name for it) of one packed tensor. `shared`: the linears of one module hold the same one."""
 
     shape: tuple[int, ...]
     dtype: str
+    shared: bool = False
 
     @property
     def nbytes(self) -> int:

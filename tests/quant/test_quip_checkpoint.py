@@ -217,3 +217,45 @@ def test_what_cannot_be_written():
     spec = QuantSpec("quip", 2, part=(256, 0))
     with pytest.raises(QuantError, match="fused"):
         writer_for(QuantSpec("quip", 2)).tensors("q_proj", QuantizedWeight(spec, 128, 128, {}))
+
+
+FUSED = {
+    "self_attn.qkv_proj": {"q_proj": 128, "k_proj": 64, "v_proj": 64}, "self_attn.o_proj": None,
+    "mlp.upgate_proj": {"up_proj": 192, "gate_proj": 192}, "mlp.down_proj": None,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_published_model_loads_and_computes_what_its_definition_says(tmp_path):
+    """Fused modules in every layer, against transformers' own model with the defined weights put in."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lowvram_tuner.models.load import load_model
+    from tests.engine_cases import make_plan
+
+    config = LlamaConfig(**CONFIG, num_hidden_layers=2, vocab_size=64, tie_word_embeddings=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = LlamaForCausalLM(config).eval()
+    tensors = {n: t.clone() for n, t in theirs.state_dict().items() if "proj" not in n and n != "lm_head.weight"}
+    for index, layer in enumerate(theirs.model.layers):
+        for name, members in FUSED.items():
+            module = f"model.layers.{index}.{name}"
+            rows, columns = (sum(members.values()), 128) if members else (128, 192 if "down" in name else 128)
+            tensors |= stored(module, rows, columns, seed=index)
+            tensors[f"{module}.Wscale"] = torch.tensor(0.05)
+            w, first = defined(tensors, module), 0
+            for leaf, size in (members or {name.partition(".")[2]: rows}).items():
+                layer.get_submodule(f"{name.partition('.')[0]}.{leaf}").weight.copy_(w[first : first + size])
+                first += size
+    folder = save(tmp_path / "m", tensors)
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | {"quip_params": PARAMS}))
+    loaded = load_model(str(folder), QuantSpec("quip", 2), make_plan(), torch.device("cpu"), torch.float32)
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(loaded.model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    attention = loaded.layers[0].self_attn
+    assert attention.q_proj.packed["codes"].data_ptr() == attention.v_proj.packed["codes"].data_ptr()
+    linears = [(256, 128), (128, 128), (384, 128), (128, 192)]
+    fmt = quant_format(QuantSpec("quip", 2))
+    aligned = loaded.slabs[0].buffer.numel() - sum(fmt.nbytes(*shape) for shape in linears) - 4 * 128 * 3  # an SU for each member
+    assert 0 <= aligned < 18 * 512  # codes are held once, whatever is shared
