@@ -1,14 +1,16 @@
 """Hadamard matrices of the orders that QuIP# rotations need: H H^T = K I with entries +1 and -1.
 
 Orders of the form p + 1 and 2 (p + 1) come from Paley's two constructions. Orders 52, 116, 156 and 172 are Williamson
-matrices, a 4x4 array of circulant blocks; their first rows below are mathematical facts.
+matrices, a 4x4 array of circulant blocks; their first rows below are mathematical facts. `hadamard_order` needs no torch.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # The orders of QuIP#'s own table, in the order in which it tries them. No model in use needs 124.
 _TABLE = (172, 156, 140, 124, 116, 108, 60, 52, 36, 28, 20, 12)
@@ -64,6 +66,8 @@ def hadamard_order(n: int) -> int:
 @functools.lru_cache(maxsize=32)
 def hadamard_matrix(order: int) -> torch.Tensor:
     """H_K as QuIP# checkpoints use it, fp32 [K, K] of +1 and -1, on the CPU. Do not write into it."""
+    import torch
+
     if order == 1:
         return torch.ones(1, 1)
     if order in _WILLIAMSON:
@@ -77,6 +81,8 @@ def hadamard_matrix(order: int) -> torch.Tensor:
 @functools.lru_cache(maxsize=32)
 def sylvester_matrix(size: int) -> torch.Tensor:
     """S[i, j] = (-1)^popcount(i & j), fp32 [size, size] for a power of two, on the CPU. Do not write into it."""
+    import torch
+
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
@@ -101,6 +107,8 @@ def _paley_kind(order: int) -> int:
 
 def _legendre(p: int) -> torch.Tensor:
     """Q[i, j] = chi(i - j) of the prime p: 1 for a square, -1 for none, 0 on the diagonal. [p, p]"""
+    import torch
+
     chi = torch.full((p,), -1.0)
     chi[[i * i % p for i in range(1, p)]] = 1.0
     chi[0] = 0.0
@@ -109,6 +117,8 @@ def _legendre(p: int) -> torch.Tensor:
 
 
 def _paley_one(p: int) -> torch.Tensor:
+    import torch
+
     matrix = torch.ones(p + 1, p + 1)
     matrix[0, 1:] = -1.0
     matrix[1:, 1:] = _legendre(p) + torch.eye(p)
@@ -116,6 +126,8 @@ def _paley_one(p: int) -> torch.Tensor:
 
 
 def _paley_two(p: int) -> torch.Tensor:
+    import torch
+
     core = torch.ones(p + 1, p + 1)
     core[0, 0] = 0.0
     core[1:, 1:] = _legendre(p)
@@ -125,6 +137,8 @@ def _paley_two(p: int) -> torch.Tensor:
 
 
 def _williamson(rows: tuple[str, ...]) -> torch.Tensor:
+    import torch
+
     blocks = {name: _circulant(row) for name, row in zip("ABCD", rows)}
     return torch.cat(
         [
@@ -136,5 +150,7 @@ def _williamson(rows: tuple[str, ...]) -> torch.Tensor:
 
 def _circulant(row: str) -> torch.Tensor:
     """Row k is the first row rolled right by k."""
+    import torch
+
     first = torch.tensor([1.0 if c == "+" else -1.0 for c in row])
     return torch.stack([first.roll(k) for k in range(len(row))])
