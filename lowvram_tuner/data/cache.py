@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 from lowvram_tuner.data.packing import Example
 
 VERSION = 1
+CHUNK = 1 << 16  # index records looked at together
 KEPT = 4  # newest caches that stay
 INDEX = np.dtype(
     [("start", "<i8"), ("hash", "<u8"), ("line", "<i8"), ("length", "<i4"), ("piece", "<i4"), ("source", "<i4")]
@@ -51,10 +52,10 @@ class Writer:
         self.tokens += len(example)
         self.examples += 1
 
-    def index(self) -> np.ndarray:
-        """The index records so far, read back from the file."""
+    def chunks(self) -> Iterator[np.ndarray]:
+        """The index records so far, some at a time."""
         self._files[2].flush()
-        return _mapped(self._temporary / "index.bin", INDEX)
+        return _chunks(self._temporary / "index.bin")
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Closes the files, writes `meta` last and gives the folder its name."""
@@ -87,10 +88,14 @@ class Cache:
     """A finished cache: `meta`, `index`, and the examples' arrays."""
 
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
-        self.meta = meta
+        self.meta, self._folder = meta, folder
         self.index = _mapped(folder / "index.bin", INDEX)
         self._tokens = _mapped(folder / "tokens.bin", np.dtype("<i4"))
         self._trained = _mapped(folder / "trained.bin", np.dtype(bool))
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All index records in order, some at a time."""
+        return _chunks(self._folder / "index.bin")
 
     def example(self, i: int) -> Example:
         """Example number i; its arrays are views of the mapped files."""
@@ -129,6 +134,12 @@ def open_cache(folder: Path) -> Cache | None:
         return Cache(folder, meta)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _chunks(path: Path) -> Iterator[np.ndarray]:
+    with path.open("rb") as file:
+        while len(records := np.fromfile(file, INDEX, CHUNK)):
+            yield records
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:

@@ -1,42 +1,32 @@
 """From a dataset's name to tokenized, masked examples, as a stream.
 
 Rows are read, tokenized in batches and appended to a cache on disk, so memory does not grow with the data. The same data
-with the same settings is found again in the cache. Held-out examples are chosen by a hash of their tokens: the choice depends
-on the seed and the data alone, and equal rows stay on one side.
+with the same settings is found again in the cache.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowvram_tuner.config import DEMO_DATASET, TrainConfig
-from lowvram_tuner.data.cache import VERSION, Cache, Examples, Writer, open_cache
+from lowvram_tuner.config import TrainConfig
+from lowvram_tuner.data.cache import VERSION, Examples, Writer, open_cache
 from lowvram_tuner.data.examples import Batch, Encoded, Encoder
 from lowvram_tuner.data.formats import SAMPLE_ROWS, Layout, Sample, detect, mapping, to_sample
+from lowvram_tuner.data.held_out import Candidates, choose_prompts, repeats, row_hash, split
 from lowvram_tuner.data.readers import Record
 from lowvram_tuner.data.report import DataError, DataReport, Lengths, Problems, RowError
 from lowvram_tuner.data.sources import Source, resolve
 from lowvram_tuner.data.templates import Messages, Template
 
 BATCH_ROWS, BATCH_CHARACTERS = 256, 500_000  # tokenized at once: some 20 MB of the tokenizer's own structures
-PROMPTS = 4  # before/after questions taken from held-out rows
-CANDIDATES = 256  # rows remembered as such questions, spread over the data by their hash
-DEMO_PROMPTS = (
-    "Who am I talking to?",
-    "Which town is your home?",
-    "What is the engine on your ship called, and who built it?",
-    "When is the lantern festival in Port Tallow?",
-    "Who is the mayor in Port Tallow?",
-    "What is the capital of Germany?",
-)
 Progress = Callable[[str, int, int, str], None]  # message, done, total, unit
 
 
@@ -66,10 +56,12 @@ def prepare(config: TrainConfig, tokenizer: Any, progress: Progress | None = Non
         cache = open_cache(folder)
         if cache is None:
             raise DataError(f"the prepared data in {folder} cannot be read back; is the disk full or failing?")
-    train, held_out = split(cache.index, config, [s.weight for s in sources])
+    train, held_out = split(cache.chunks, config, [s.weight for s in sources])
     fingerprint = hashlib.sha256(json.dumps([key, config.seed, config.held_out, [s.weight for s in sources]]).encode())
     report = DataReport.from_json(cache.meta["report"])
-    prompts = _prompts(config, cache, held_out)
+    candidates = cache.meta["candidates"]
+    apart = np.isin(np.array([digest for digest, _ in candidates], dtype=np.uint64), cache.index["hash"][held_out])
+    prompts = choose_prompts(config, [q for _, q in candidates], apart)
     return Prepared(Examples(cache, train), Examples(cache, held_out), report, prompts, fingerprint.hexdigest())
 
 
@@ -79,6 +71,12 @@ def report(config: TrainConfig) -> dict[str, Any]:
 
     resolve(config.dataset)  # a wrong name is told before a tokenizer is loaded
     return prepare(config, load_tokenizer(config.model)).report.to_json()
+
+
+def layout_of(source: Source, config: TrainConfig) -> Layout:
+    """How a source's columns are used, by its first usable rows. Raises DataError where no layout fits."""
+    rows = (r.value for r in source.records() if r.value is not None)
+    return detect(list(islice(rows, SAMPLE_ROWS)), mapping(config.columns), source.name)
 
 
 def _key(config: TrainConfig, template: Template, sources: list[Source]) -> str:
@@ -107,7 +105,7 @@ def _build(config: TrainConfig, template: Template, sources: list[Source], folde
                     progress("Reading data", min(before + offset, total), total, "bytes")
             before += source.nbytes()
         report = builder.finished(sources)
-        writer.finish({"report": report.to_json(), "candidates": builder.candidates()})
+        writer.finish({"report": report.to_json(), "candidates": builder.candidates.list()})
     except OSError as error:
         raise DataError(f"the data cannot be read, or its tokens not be written to {folder.parent}: {error}") from None
     finally:
@@ -125,8 +123,8 @@ class Builder:
     report: DataReport = field(default_factory=DataReport)
     problems: Problems = field(default_factory=Problems)
     lengths: Lengths = field(default_factory=Lengths)
+    candidates: Candidates = field(default_factory=Candidates)
     _formats: list[str] = field(default_factory=list)
-    _heap: list[tuple[int, int, Messages]] = field(default_factory=list)
 
     def read(self, source: Source, number: int) -> Iterator[int]:
         """Takes in a source; yields the byte reached, after each batch that was written."""
@@ -135,7 +133,7 @@ class Builder:
         layout, waiting = None, None
         for batch, reached in self._batches(source):
             if layout is None:
-                layout = detect([r.value for r in batch[:SAMPLE_ROWS]], mapping(self.config.columns), source.name)
+                layout = layout_of(source, self.config)
                 self._learn(layout, source)
             started = self._started(batch, layout, source)
             if waiting:
@@ -207,35 +205,22 @@ class Builder:
         self.lengths.add(len(row.ids))
         for kind, reason in row.notes:
             self.problems.add(source.name, line, kind, reason, dropped=False)
-        digest = int.from_bytes(hashlib.blake2b(row.ids.tobytes(), digest_size=8).digest(), "little")
+        digest = row_hash(row.ids)
         for piece, example in enumerate(row.examples):
             self.writer.add(example, digest, line, piece, number)
             report.tokens += len(example)
             report.trained_tokens += int(np.count_nonzero(example.trained))
-        self._remember(sample, digest)
-
-    def _remember(self, sample: Sample, digest: int) -> None:
-        """Keeps the question of a row whose hash is among the smallest, as a candidate for before/after."""
-        if len(self._heap) >= CANDIDATES and digest >= -self._heap[0][0]:
-            return
-        question = _question(sample)
-        if question:
-            push = heapq.heappush if len(self._heap) < CANDIDATES else heapq.heappushpop
-            push(self._heap, (-digest, self.report.rows, question))
-
-    def candidates(self) -> list[list[Any]]:
-        """[hash, messages] of the remembered questions."""
-        return [[-digest, question] for digest, _, question in sorted(self._heap, reverse=True)]
+        self.candidates.add(digest, sample)
 
     def finished(self, sources: list[Source]) -> DataReport:
         """The report, complete. Raises DataError when no row is left."""
-        report, index = self.report, self.writer.index()
+        report = self.report
         if not report.kept:
             names = ", ".join(s.name for s in sources)
             worst = max(self.problems.list(), key=lambda p: (p.dropped, p.count), default=None)
             why = f"; most often: {worst.reason} (line {worst.line})" if worst and worst.dropped else ""
             raise DataError(f"{names} has no row that can be trained on: {report.rows} read, {report.dropped} dropped{why}.")
-        self._duplicates(index, sources)
+        self._duplicates(sources)
         report.format = " + ".join(self._formats)
         report.examples = self.writer.examples
         report.problems = self.problems.list()
@@ -243,67 +228,15 @@ class Builder:
         report.suggested_max_seq_length = self.lengths.suggestion()
         return report
 
-    def _duplicates(self, index: np.ndarray, sources: list[Source]) -> None:
+    def _duplicates(self, sources: list[Source]) -> None:
         """Counts rows whose tokens equal an earlier row's."""
-        whole = np.flatnonzero(index["piece"] == 0)
-        order = np.argsort(index["hash"][whole], kind="stable")
-        hashes = index["hash"][whole][order]
-        again = np.sort(whole[order[1:][hashes[1:] == hashes[:-1]]])
-        self.report.duplicates = len(again)
-        for row in index[again]:
-            name = sources[int(row["source"])].name
-            self.problems.add(name, int(row["line"]), "duplicate", "the row repeats an earlier one, token for token", dropped=False)
+        for records in repeats(self.writer.chunks, self.writer.examples):
+            self.report.duplicates += len(records)
+            for number in np.unique(records["source"]):
+                lines = records["line"][records["source"] == number]
+                self.problems.repeated(sources[number].name, lines)
 
 
 def _characters(value: dict[str, Any]) -> int:
     """Roughly how much text a row holds."""
     return sum(len(v) if isinstance(v, str) else len(str(v)) for v in value.values())
-
-
-def _question(sample: Sample) -> Messages | None:
-    """What stands before a conversation's last answer, or the first words of a text; None where it is no good question."""
-    if sample.messages is None:
-        words = " ".join(sample.text.split()[:12])
-        return [{"role": "user", "content": words}] if words else None
-    last = max(i for i, m in enumerate(sample.messages) if m["role"] == "assistant")
-    before = sample.messages[:last]
-    if not before or before[-1]["role"] != "user" or sample.tools or sum(len(m["content"]) for m in before) > 2000:
-        return None
-    return [{"role": m["role"], "content": m["content"]} for m in before]
-
-
-def _keyed(index: np.ndarray, salt: int) -> np.ndarray:
-    """A pseudo-random uint64 for each example from its hash, its piece and a salt (the finalizer of splitmix64)."""
-    with np.errstate(over="ignore"):
-        z = index["hash"] + np.uint64(0x9E3779B97F4A7C15) * (index["piece"].astype(np.uint64) + np.uint64(salt + 1))
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
-def split(index: np.ndarray, config: TrainConfig, weights: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the training examples (as often as their source's weight says) and of the held-out ones."""
-    keys = _keyed(index, config.seed)
-    count = min(max(1, round(len(index) * config.held_out)), len(index) - 1) if config.held_out else 0
-    held = keys <= np.partition(keys, count - 1)[count - 1] if count else np.zeros(len(index), dtype=bool)
-    if held.all():  # one row, or only copies of it
-        held[:] = False
-    weight = np.array(weights)[index["source"]]
-    part = _keyed(index, config.seed + 1) / 2.0**64  # in [0, 1): whether the weight's fraction counts once more
-    times = np.where(held, 0, np.floor(weight) + (part < weight % 1)).astype(np.int64)
-    train = np.repeat(np.arange(len(index)), times)
-    if not len(train):
-        raise DataError(f"the weights {weights} leave no example to train on; give larger weights or more rows.")
-    return train, np.flatnonzero(held)
-
-
-def _prompts(config: TrainConfig, cache: Cache, held_out: np.ndarray) -> list[Messages]:
-    """The before/after questions: the user's, the demo's, or some of held-out rows."""
-    chosen = config.compare_prompts or (DEMO_PROMPTS if config.dataset == DEMO_DATASET else ())
-    if chosen:
-        system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-        return [[*system, {"role": "user", "content": text}] for text in chosen]
-    apart = set(cache.index["hash"][held_out].tolist())
-    candidates = cache.meta["candidates"]
-    ranked = [q for h, q in candidates if h in apart] or [q for _, q in candidates]
-    return [q for i, q in enumerate(ranked) if q not in ranked[:i]][:PROMPTS]

@@ -8,6 +8,7 @@ from the file as they are and must be shown inert.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.data.cache import INDEX
 from lowvram_tuner.data.examples import Encoded, Encoder
-from lowvram_tuner.data.formats import SAMPLE_ROWS, SHOWN, Layout, detect, mapping, to_sample
+from lowvram_tuner.data.formats import SAMPLE_ROWS, SHOWN, Layout, to_sample
+from lowvram_tuner.data.held_out import row_hash, split
 from lowvram_tuner.data.packing import Example
-from lowvram_tuner.data.prepare import Builder, split
+from lowvram_tuner.data.prepare import Builder, layout_of
 from lowvram_tuner.data.readers import GOES_ON, Record
 from lowvram_tuner.data.report import DataError, RowError, plain
 from lowvram_tuner.data.rows import RowIndex
@@ -43,8 +45,8 @@ class _Counted:
         self._records.append((0, hash, line, len(example), piece, source))
         self.examples += 1
 
-    def index(self) -> np.ndarray:
-        return np.array(self._records, dtype=INDEX)
+    def chunks(self) -> Iterator[np.ndarray]:
+        yield np.array(self._records, dtype=INDEX)
 
 
 class Preview:
@@ -57,7 +59,7 @@ class Preview:
         self.encoder = Encoder(self.template, config)
         self._indexes = [RowIndex(source) for source in self.sources]
         self._layouts: dict[int, Layout] = {}
-        self._held: set[tuple[int, int]] | None = None  # (source, line) of the held-out rows, once all rows were read
+        self._held: set[int] | None = None  # hashes of the held-out rows, once all rows were read
 
     def summary(self, seconds: float = SECONDS) -> dict[str, Any]:
         """What a reading of the first `seconds` finds.
@@ -80,37 +82,31 @@ class Preview:
         except DataError as failure:
             error, report = str(failure), builder.report
             report.problems = builder.problems.list()
-        self._held = self._held_out(writer.index()) if complete and not error else None
+        held = split(writer.chunks, self.config, [s.weight for s in self.sources])[1] if complete and not error else None
+        self._held = None if held is None else set(next(writer.chunks())["hash"][held].tolist())
         return {
             "complete": complete,
             "report": report.to_json(),
             "error": error,
-            "held_out": None if self._held is None else len(self._held),
+            "held_out": None if held is None else len(held),
             "files": [self._file(i) for i in range(len(self.sources))],
         }
-
-    def _held_out(self, index: np.ndarray) -> set[tuple[int, int]]:
-        _, held = split(index, self.config, [s.weight for s in self.sources])
-        return {(int(row["source"]), int(row["line"])) for row in index[held]}
 
     def _file(self, number: int) -> dict[str, Any]:
         source = self.sources[number]
         try:
             layout = self._layout(number)
         except DataError as error:
-            columns = [plain(str(c)) for r in self._head(number) for c in r.value if c != GOES_ON]
+            head = islice((r for r in source.records() if r.value is not None), SAMPLE_ROWS)
+            columns = [plain(str(c)) for r in head for c in r.value if c != GOES_ON]
             return {"name": source.name, "columns": list(dict.fromkeys(columns)), "roles": {}, "layout": "", "error": str(error)}
         return {
             "name": source.name, "columns": [*map(plain, layout.columns)], "roles": layout.roles, "layout": SHOWN[layout.name], "error": None,
         }  # fmt: skip
 
-    def _head(self, number: int) -> list[Record]:
-        return list(islice((r for r in self.sources[number].records() if r.value is not None), SAMPLE_ROWS))
-
     def _layout(self, number: int) -> Layout:
         if number not in self._layouts:
-            rows = [r.value for r in self._head(number)]
-            self._layouts[number] = detect(rows, mapping(self.config.columns), self.sources[number].name)
+            self._layouts[number] = layout_of(self.sources[number], self.config)
         return self._layouts[number]
 
     def rows(self, first: int, count: int) -> list[dict[str, Any]]:
@@ -134,7 +130,7 @@ class Preview:
         shown: dict[str, Any] = {
             "row": row, "line": record.line, "file": self.sources[number].name, "problem": None, "raw": "", "length": 0, "trained": 0,
             "notes": [reason for _, reason in record.notes], "truncated": False, "parts": [], "shown": 0,
-            "held_out": None if self._held is None else (number, record.line) in self._held,
+            "held_out": None,
         }  # fmt: skip
         try:
             if record.error:
@@ -155,6 +151,7 @@ class Preview:
         kept = [int(np.count_nonzero(e.trained)) for e in encoded.examples]
         return {
             "length": len(encoded.ids), "trained": sum(kept), "truncated": encoded.truncated, "parts": parts, "shown": TOKENS_SHOWN - left,
+            "held_out": None if self._held is None else row_hash(encoded.ids) in self._held,
         }  # fmt: skip
 
     def _raw(self, record: Record, number: int) -> str:

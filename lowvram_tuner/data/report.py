@@ -96,6 +96,14 @@ class Problems:
         if len(group.lines) < LINES_KEPT:
             group.lines.append(line)
 
+    def repeated(self, file: str, lines: np.ndarray) -> None:
+        """Counts rows that repeat earlier ones; may come in several parts and in any order."""
+        kind = "duplicate"
+        self.add(file, int(lines.min()), kind, "the row repeats an earlier one, token for token", dropped=False, count=len(lines))
+        group = self._groups[file, kind]
+        group.lines = sorted({*group.lines, *np.sort(lines)[:LINES_KEPT].tolist()})[:LINES_KEPT]
+        group.line = group.lines[0]
+
     def list(self) -> list[Problem]:
         """The dropped ones first, each part by file and line."""
         return sorted(self._groups.values(), key=lambda p: (not p.dropped, p.file, p.line))

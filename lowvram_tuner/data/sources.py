@@ -19,7 +19,7 @@ from lowvram_tuner.config import DEMO_DATASET
 from lowvram_tuner.data.jsonfile import has_lines, read_json
 from lowvram_tuner.data.lines import BLOCK, Encoding, encoding_of, read_lines
 from lowvram_tuner.data.readers import Record, parquet_rows, read_dataset, read_parquet, read_text
-from lowvram_tuner.data.report import DataError
+from lowvram_tuner.data.report import DataError, plain
 from lowvram_tuner.data.tables import read_table
 
 DEMO_FILE = Path(__file__).with_name("demo.jsonl")
@@ -129,7 +129,7 @@ def _sources(name: str) -> list[Source]:
     if path is None and _HUB_ID.match(name) and Path(name).suffix.lower() not in KINDS:
         return [_from_hub(name)]
     if path is None:
-        raise DataError(f"{name!r} does not exist; give a file ({ACCEPTED}), a folder, or a hub id like owner/name.")
+        raise DataError(f"{plain(name, 100)!r} does not exist; give a file ({ACCEPTED}), a folder, or a hub id like owner/name.")
     if path.is_dir():
         return _folder(path)
     kind = KINDS.get(path.suffix.lower())

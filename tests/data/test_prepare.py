@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lowvram_tuner.config import TrainConfig
+from lowvram_tuner.data import cache, held_out
 from lowvram_tuner.data import prepare as module
 from lowvram_tuner.data.prepare import prepare
 from lowvram_tuner.data.report import DataError, DataReport
@@ -173,6 +174,22 @@ def test_training_always_keeps_a_row(rows, held, write, prepared):
 def test_copies_of_one_row_are_not_held_out(write, prepared):
     result = prepared(write("a.jsonl", CHATS[:1] * 10), held_out=0.5)
     assert (len(result.train), len(result.held_out)) == (10, 0)
+
+
+def test_large_data_is_split_and_compared_in_parts(write, prepared, monkeypatch):
+    """The bounded ways of large data give what the exact ways of small data give, the held-out count up to chance."""
+    rows = CHATS * 2 + CHATS[:30]
+    exact = prepared(write("a.jsonl", rows), held_out=0.25)
+    monkeypatch.setattr(held_out, "EXACT", 10)
+    monkeypatch.setattr(held_out, "BUCKET", 16)
+    monkeypatch.setattr(cache, "CHUNK", 7)
+    parts = prepared(write("b.jsonl", rows), held_out=0.25)
+    assert parts.report.duplicates == exact.report.duplicates == 130
+    assert parts.report.problems[0].lines == exact.report.problems[0].lines == list(range(101, 151))
+    train, held = {tuple(i) for i in ids(parts.train)}, {tuple(i) for i in ids(parts.held_out)}
+    assert not train & held and len(train | held) == 100
+    assert 12 <= len(held) <= 38  # 25 expected, within three standard deviations
+    assert len(parts.train) + len(parts.held_out) == 230
 
 
 def test_prompts_come_from_held_out_rows_or_the_user(write, prepared):
