@@ -87,7 +87,7 @@ class ChatTab:
             with gr.Row(elem_id="chat-logs"):
                 look = {"height": "max(240px, calc(100vh - 330px))", "buttons": ["copy"], "layout": "bubble", "feedback_options": None,
                         "latex_delimiters": [], "allow_file_downloads": False, "allow_tags": False}  # fmt: skip
-                self.log = gr.Chatbot(label="Answers", show_label=False, elem_id="chat-log", placeholder="Ask something.", **look)
+                self.log = gr.Chatbot(label="With what it learned", show_label=False, elem_id="chat-log", placeholder="Ask something.", **look)
                 self.base_log = gr.Chatbot(label="The base model", elem_id="chat-log-base", visible=False, placeholder="The same questions, answered without the adapter.", **look)
             self._bottom()
 
@@ -128,7 +128,7 @@ class ChatTab:
         self.retry.click(self.again, [self.turns, *about], fills, **ways)
         self.stop.click(self.client.stop, None, None, **QUIET)
         gr.on([self.clear.click, self.log.clear, self.base_log.clear], lambda: ([], [], []), None, [self.turns, self.log, self.base_log], **QUIET)
-        self.compare.change(lambda on: gr.update(visible=bool(on)), self.compare, self.base_log, **QUIET)
+        self.compare.change(lambda on: [gr.update(visible=bool(on)), gr.update(show_label=bool(on))], self.compare, [self.base_log, self.log], **QUIET)
         self.target.change(self.chosen, self.target, [self.turns, self.log, self.base_log, self.adapter, self.compare], preprocess=False, **QUIET)
         tick = [[self.sent], [self.status, self.cpu, self.sent]]
         tab.select(lambda value: [self.targets(value), gr.Timer(active=True)], self.target, [self.target, self.timer], preprocess=False, **QUIET)

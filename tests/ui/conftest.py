@@ -43,6 +43,11 @@ def tab(browser):
     """Opens tabs that fail the test on a script error, a dialog, or a request to anywhere else."""
     contexts, wrong = [], []
 
+    def away(address: str, request) -> None:
+        """Notes a request to anywhere else that the page's policy has not blocked."""
+        if not request.url.startswith((address, "data:", "blob:")) and "csp" not in (request.failure or "").lower():
+            wrong.append(f"request: {request.url} ({request.failure})")
+
     def open_tab(address: str, **options):
         context = browser.new_context(viewport={"width": 1366, "height": 768}, **options)
         contexts.append(context)
@@ -50,7 +55,8 @@ def tab(browser):
         page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: wrong.append(f"script error: {error}"))
         page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda request: None if request.url.startswith((address, "data:", "blob:")) else wrong.append(f"request: {request.url}"))
+        page.on("requestfinished", lambda request: away(address, request))
+        page.on("requestfailed", lambda request: away(address, request))
         page.goto(address)
         page.wait_for_selector("#start")
         page.wait_for_function("document.querySelector('#vram-gauge .bar')")

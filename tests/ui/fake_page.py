@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-EVIL = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script>'
+EVIL = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script><img src="http://evil.example/seen.png">'
 STEP_S = float(os.environ.get("FAKE_STEP_S", "0.02"))
 
 
@@ -65,7 +65,7 @@ class Parrot:
 
     def stream(self, messages, *, adapter, system, stop, temperature, top_p, max_new_tokens):
         text = messages[-1]["content"]
-        words = ["and on"] * 2000 if text == "forever" else [*text.split(), EVIL, f"({len(messages)} messages)"]
+        words = ["and on"] * 2000 if text == "forever" else [*text.split(), EVIL, "![](http://evil.example/seen-too.png)", f"({len(messages)} messages)"]
         yield "adapter:" if adapter else "base:"
         for word in words:
             if stop.is_set():
