@@ -37,7 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     import_gradio()
     from lowvram_tuner.ui.serve import serve
 
-    serve(args.runs, port=args.port, auth=auth, listen=args.listen, share=args.share, browser=not args.no_browser)
+    try:
+        serve(args.runs, port=args.port, auth=auth, listen=args.listen, share=args.share, browser=not args.no_browser)
+    except OSError as error:
+        where = f"port {args.port}" if args.port else "any port from 7860 on"
+        print(f"error: the page cannot be served on {where} ({error.strerror or 'it is taken'}); choose another with --port.", file=sys.stderr)
+        return 2
     return 0
 
 

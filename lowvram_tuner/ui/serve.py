@@ -15,6 +15,7 @@ from lowvram_tuner.ui.guard import RequestGuard, check_exposure
 from lowvram_tuner.ui.layout import build
 
 MAX_UPLOAD = "4gb"  # larger data is named by its path
+SESSIONS = 64  # browser tabs remembered; an older one is simply sent everything again
 
 
 def serve(
@@ -49,6 +50,7 @@ def serve(
         footer_links=[],
         allowed_paths=[],
         max_file_size=MAX_UPLOAD,
+        state_session_capacity=SESSIONS,
         ssl_verify=False,  # Gradio asks its own plain address once; this only spares it the loading of certificates
         ssr_mode=False,
         run_history=False,

@@ -157,6 +157,14 @@ def test_an_open_page_without_a_password_is_refused(flags):
     assert "--auth" in done.stderr
 
 
+def test_a_taken_port_is_said_in_a_line(served, tmp_path):
+    command = [sys.executable, "app.py", "--no-browser", "--port", str(served.port), "--runs", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: the page cannot be served on port {served.port}")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_password_is_asked_for(tmp_path):
     class Guarded(Served):
         def command(self) -> list[str]:
