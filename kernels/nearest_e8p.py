@@ -14,6 +14,7 @@ for values that reach so far out.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -46,8 +47,19 @@ def _tables(device: torch.device) -> dict[str, torch.Tensor]:
 
 def nearest(x: torch.Tensor) -> torch.Tensor:
     """The code of the E8P point nearest to each row. x: fp32 [n, 8]. Returns int16 [n]; of equals any."""
+    return _in_chunks(x, _nearest)
+
+
+def nearest_of_each_shift(x: torch.Tensor) -> torch.Tensor:
+    """The nearest point shifted by +1/4 and the nearest shifted by -1/4, int16 [n, 2]: the two that a search may choose from."""
+    return _in_chunks(x, _nearest_of_each_shift)
+
+
+def _in_chunks(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     step = CHUNK_CUDA if x.is_cuda else CHUNK
-    return torch.cat([_nearest(x[start : start + step]) for start in range(0, x.shape[0], step)])
+    if x.shape[0] <= step:
+        return function(x)
+    return torch.cat([function(x[start : start + step]) for start in range(0, x.shape[0], step)])
 
 
 def points(codes: torch.Tensor) -> torch.Tensor:
@@ -60,29 +72,42 @@ def _points_on(device: torch.device) -> torch.Tensor:
     return codebook().to(device)
 
 
-def _nearest(x: torch.Tensor) -> torch.Tensor:
-    t = _tables(x.device)
-    n = x.shape[0]
-    y = torch.cat([x - 0.25, x + 0.25])  # both shifts at once
-    size = y.abs()
-    odd = (y < 0).sum(1) % 2 == 1
-    ordered, order = size.sort(1, descending=True)
-    score, form = _best_form(ordered, odd, t)
-    score, far = _best_long(size, ordered, odd, score, t)
-    distance = y.square().sum(1) - score
-    shifted = distance[n:] < distance[:n]
-    row = torch.arange(n, device=x.device) + n * shifted
+class _Search:
+    """The best absolute vector for each row of y [n, 8]: `distance` [n] to its point, and what `codes` makes of it."""
 
-    order, odd, far, size = order[row], odd[row], far[row], size[row]
-    absolute = t["index"][(t["power"][order] * t["forms"][form[row]]).sum(1)]
-    absolute = torch.where(far >= 0, far, absolute)
-    flip = torch.where(far >= 0, (size * t["size"][absolute]).argmin(1), order[:, -1])
-    signs = (y[row] < 0).long()
-    signs[:, -1] ^= t["negative"][absolute]  # the grid holds that sign already
-    signs.scatter_add_(1, flip[:, None], (odd ^ t["negative"][absolute]).long()[:, None])
-    signs[:, 0] += shifted
-    byte = ((signs & 1) << t["bit"]).sum(1)
-    return (absolute | byte << 8).to(torch.int16)
+    def __init__(self, y: torch.Tensor) -> None:
+        self.t = _tables(y.device)
+        self.y, self.size = y, y.abs()
+        self.odd = (y < 0).sum(1) % 2 == 1
+        ordered, self.order = self.size.sort(1, descending=True)
+        score, self.form = _best_form(ordered, self.odd, self.t)
+        score, self.far = _best_long(self.size, ordered, self.odd, score, self.t)
+        self.distance = y.square().sum(1) - score
+
+    def codes(self, row: torch.Tensor | slice, shifted: torch.Tensor) -> torch.Tensor:
+        """int16 codes of some rows; shifted: 1 for those whose y is x + 1/4."""
+        t, order, far, odd = self.t, self.order[row], self.far[row], self.odd[row]
+        absolute = t["index"][(t["power"][order] * t["forms"][self.form[row]]).sum(1)]
+        absolute = torch.where(far >= 0, far, absolute)
+        flip = torch.where(far >= 0, (self.size[row] * t["size"][absolute]).argmin(1), order[:, -1])
+        signs = (self.y[row] < 0).long()
+        signs[:, -1] ^= t["negative"][absolute]  # the grid holds that sign already
+        signs.scatter_add_(1, flip[:, None], (odd ^ t["negative"][absolute]).long()[:, None])
+        signs[:, 0] += shifted
+        return (absolute | ((signs & 1) << t["bit"]).sum(1) << 8).to(torch.int16)
+
+
+def _nearest(x: torch.Tensor) -> torch.Tensor:
+    n = x.shape[0]
+    search = _Search(torch.cat([x - 0.25, x + 0.25]))
+    shifted = search.distance[n:] < search.distance[:n]
+    return search.codes(torch.arange(n, device=x.device) + n * shifted, shifted)
+
+
+def _nearest_of_each_shift(x: torch.Tensor) -> torch.Tensor:
+    n = x.shape[0]
+    shifted = torch.arange(2 * n, device=x.device) >= n
+    return _Search(torch.cat([x - 0.25, x + 0.25])).codes(slice(None), shifted).view(2, n).t()
 
 
 def _best_form(ordered: torch.Tensor, odd: torch.Tensor, t: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

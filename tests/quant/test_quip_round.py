@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import e8p
-from kernels.nearest_e8p import nearest, points
+from kernels.nearest_e8p import nearest, nearest_of_each_shift, points
 from lowvram_tuner.quant import quip_round
 from lowvram_tuner.quant.registry import quant_format
 from lowvram_tuner.quant.spec import QuantError, QuantSpec
@@ -37,6 +37,26 @@ def test_nearest_is_nearest_among_all_codes(spread):
 def test_nearest_finds_every_point_of_the_codebook():
     codes = torch.arange(1 << 16).to(torch.int16)
     assert torch.equal(nearest(points(codes)), codes)
+
+
+def test_nearest_of_each_shift():
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(1)) * 1.1
+    codes, book = nearest_of_each_shift(x), e8p.codebook().double()
+    odd = ((torch.arange(1 << 16)[:, None] >> 8 + torch.arange(8)) & 1).sum(1) % 2 == 1
+    for column, half in ((0, ~odd), (1, odd)):
+        best = torch.cdist(x.double(), book[half]).min(1).values
+        assert bool(half[codes[:, column].int() & 0xFFFF].all())
+        assert torch.allclose((x - points(codes[:, column])).double().norm(dim=1), best, atol=1e-6, rtol=0)
+
+
+def test_more_beams_find_better_codes(monkeypatch):
+    weight, hessian = weight_and_hessian(64, 256)
+    fmt, losses = quant_format(QuantSpec("quip", 2)), []
+    for beams in (1, 4, 16):
+        monkeypatch.setattr(quip_round, "BEAMS", beams)
+        losses.append(loss(weight, fmt.round(weight, hessian)[1], hessian))
+    assert losses[1] < 0.97 * losses[0]
+    assert losses[2] < 0.99 * losses[1]
 
 
 @pytest.mark.parametrize(("bits", "ratio"), [(2, 0.5), (4, 0.5)])
