@@ -87,6 +87,16 @@ def _parted(chunks: Chunks, seed: int, threshold: int, weights: list[float]) -> 
     return np.concatenate(train), np.concatenate(held_out)
 
 
+def among(chunks: Chunks, numbers: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    """For each of some hashes (uint64) whether one of the examples `numbers` (ascending) has it."""
+    found, start = np.zeros(len(digests), dtype=bool), 0
+    for records in chunks():
+        first, last = np.searchsorted(numbers, [start, start + len(records)])
+        found |= np.isin(digests, records["hash"][numbers[first:last] - start])
+        start += len(records)
+    return found
+
+
 def repeats(chunks: Chunks, examples: int) -> Iterator[np.ndarray]:
     """Index records of rows whose tokens equal an earlier row's, each once, in no order over the whole.
 

@@ -20,7 +20,7 @@ from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.data.cache import VERSION, Examples, Writer, open_cache
 from lowvram_tuner.data.examples import Batch, Encoded, Encoder
 from lowvram_tuner.data.formats import SAMPLE_ROWS, Layout, Sample, detect, mapping, to_sample
-from lowvram_tuner.data.held_out import Candidates, choose_prompts, repeats, row_hash, split
+from lowvram_tuner.data.held_out import Candidates, among, choose_prompts, repeats, row_hash, split
 from lowvram_tuner.data.readers import Record
 from lowvram_tuner.data.report import DataError, DataReport, Lengths, Problems, RowError
 from lowvram_tuner.data.sources import Source, resolve
@@ -60,7 +60,7 @@ def prepare(config: TrainConfig, tokenizer: Any, progress: Progress | None = Non
     fingerprint = hashlib.sha256(json.dumps([key, config.seed, config.held_out, [s.weight for s in sources]]).encode())
     report = DataReport.from_json(cache.meta["report"])
     candidates = cache.meta["candidates"]
-    apart = np.isin(np.array([digest for digest, _ in candidates], dtype=np.uint64), cache.index["hash"][held_out])
+    apart = among(cache.chunks, held_out, np.array([digest for digest, _ in candidates], dtype=np.uint64))
     prompts = choose_prompts(config, [q for _, q in candidates], apart)
     return Prepared(Examples(cache, train), Examples(cache, held_out), report, prompts, fingerprint.hexdigest())
 
