@@ -36,7 +36,7 @@ def rotate(
     n = x.shape[1]
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.is_cuda and split(n)[1] > 1 and _multiplies(x.device):
+    if x.is_cuda and split(n)[1] > 1 and multiplies(x.device):
         return rotate_with_kernel(x, transposed, pre, post, out, add)
     y = reference(x.float() if pre is None else x * pre, transposed)
     if post is not None:
@@ -83,9 +83,9 @@ def split(n: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _multiplies(device: torch.device) -> bool:
+def multiplies(device: torch.device) -> bool:
     """Whether the compiler uses the card's tensor cores; below compute capability 8 its tl.dot is scalar and spills."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.dequant_e8p import check, e8p_words, grids, point_values, residual_kind, sixteen_plus_nibble
+from kernels.hadamard import multiplies
 
 LARGEST = 32  # rows of x
 
@@ -26,14 +27,15 @@ def matmul(
     if x.shape[0] > LARGEST or x.shape[1] != 8 * groups or not x.is_contiguous():
         raise ValueError(f"x must be contiguous [1..{LARGEST}, {8 * groups}]; got {tuple(x.shape)}, strides {x.stride()}.")
     out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
-    args = (x, codes, codes if residual is None else residual, *grids(codes.device), out, rows, groups)
-    strides, kind = (codes.stride(0), 1.0 / residual_scale), residual_kind(residual)
-    if x.shape[0] == 1:
-        tile = {"ROWS": 8, "GROUPS": 128} if kind == 0 else {"ROWS": 4, "GROUPS": 128}
-        _vector_kernel[(triton.cdiv(rows, tile["ROWS"]),)](*args, *strides, KIND=kind, **tile, num_warps=4)
+    weight = (codes, codes if residual is None else residual, *grids(codes.device))
+    sizes, kind = (rows, groups, codes.stride(0), 1.0 / residual_scale), residual_kind(residual)
+    if x.shape[0] == 1 or not multiplies(x.device):
+        tile = {"ROWS": 8 if kind == 0 else 4, "GROUPS": 128}
+        for line, result in zip(x, out):
+            _vector_kernel[(triton.cdiv(rows, tile["ROWS"]),)](line, *weight, result, *sizes, KIND=kind, **tile, num_warps=4)
     else:
         tile = {"ROWS": 16, "GROUPS": 16, "BATCH": 16 if x.shape[0] <= 16 else 32}
-        _matrix_kernel[(triton.cdiv(rows, tile["ROWS"]),)](*args, *strides, x.shape[0], KIND=kind, **tile, num_warps=2)
+        _matrix_kernel[(triton.cdiv(rows, tile["ROWS"]),)](x, *weight, out, *sizes, x.shape[0], KIND=kind, **tile, num_warps=2)
     return out
 
 

@@ -55,6 +55,11 @@ class Quip(QuantFormat):
             tensors["residual"] = TensorSpec(codes, RESIDUAL_DTYPE[self.spec.bits], shared)
         return tensors | {"SU": TensorSpec((in_features,), "float32"), "SV": TensorSpec((out_features,), "float32")}
 
+    def work_bytes(self, rows: int, out_features: int, in_features: int, item: int) -> int:
+        """Rotated activations: two copies of the wider side, or one of each."""
+        out_features = self.whole_rows or out_features
+        return 2 * max(out_features, in_features) * min(rows, ROWS_AT_A_TIME) * item
+
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each eight rotated values to their nearest code."""
         return self.round(weight, None)[0]
@@ -80,7 +85,7 @@ class Quip(QuantFormat):
         for start in range(0, columns, step):
             stop = min(start + step, columns)
             tile = torch.empty(rows, stop - start, dtype=torch.float32, device=out.device)
-            turned = rotate(self._decode(packed, tile, 0, start).t().contiguous())  # [columns, rows]
+            turned = rotate(self.decode(packed, tile, 0, start).t().contiguous())  # [columns, rows]
             out[:, start:stop] = turned[:, first : first + out.shape[0]].t()
         step = max(1, TILE_BYTES // (4 * columns))
         for start in range(0, out.shape[0], step):
@@ -99,8 +104,9 @@ class Quip(QuantFormat):
             turned = rotate(x[part], transposed=True, pre=packed["SU"])
             product = turned.new_empty(turned.shape[0], rows) if self.whole_rows else out[part]
             for start, stop in scratch.tiles(rows, x.shape[1], x.dtype):
-                w = self._decode(packed, scratch.tile(stop - start, x.shape[1], x.dtype), start)
+                w = self.decode(packed, scratch.tile(stop - start, x.shape[1], x.dtype), start)
                 torch.mm(turned, w.t(), out=product[:, start:stop])
+            del turned
             self._turn_output(product, packed["SV"], out[part])
         return out
 
@@ -121,13 +127,14 @@ class Quip(QuantFormat):
             turned = self._turn_gradient(gy[part], packed["SV"], rows)
             product = turned.new_zeros(turned.shape[0], out.shape[1])
             for start, stop in scratch.tiles(rows, out.shape[1], gy.dtype):
-                w = self._decode(packed, scratch.tile(stop - start, out.shape[1], gy.dtype), start)
+                w = self.decode(packed, scratch.tile(stop - start, out.shape[1], gy.dtype), start)
                 product.addmm_(turned[:, start:stop], w)
+            del turned
             rotate(product, post=packed["SU"], out=out[part], add=True)
         return out
 
-    def _decode(self, packed: dict[str, torch.Tensor], out: torch.Tensor, row: int, column: int = 0) -> torch.Tensor:
-        """The tile of Wq that starts at (row, column), into out."""
+    def decode(self, packed: dict[str, torch.Tensor], out: torch.Tensor, row: int = 0, column: int = 0) -> torch.Tensor:
+        """out = the tile of Wq that starts at (row, column): what forward and backward make of the codes."""
         if out.is_cuda:
             from kernels.dequant_e8p import dequantize
         else:

@@ -101,6 +101,11 @@ class QuantFormat(ABC):
         """Bytes of one packed weight: what loading allocates, and what the planner counts."""
         return sum(t.nbytes for t in self.layout(out_features, in_features).values())
 
+    def work_bytes(self, rows: int, out_features: int, in_features: int, item: int) -> int:
+        """Bytes that `forward` and `grad_input` allocate at their peak for x [rows, in] of `item` bytes a value, beside the
+        scratch and their result. No torch needed."""
+        return 0
+
     def matmul(self, x: torch.Tensor, packed: dict[str, torch.Tensor], out_features: int) -> torch.Tensor:
         """y = x @ W.T without writing W. x: [M, in] with few rows (M <= fused_rows), fp16 or bf16. Returns [M, out]."""
         raise QuantError(f"{self.spec.method} has no fused product; dequantize instead.")

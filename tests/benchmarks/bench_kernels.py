@@ -55,7 +55,7 @@ def measure(spec: QuantSpec, weight: torch.Tensor, copy: float) -> dict:
     packed = fmt.quantize(weight)
     out = torch.empty(rows, cols, dtype=DTYPE, device="cuda")
     packed_bytes = sum(t.numel() * t.element_size() for t in packed.values())
-    us = microseconds(lambda: fmt.dequantize(packed, out))
+    us = microseconds(lambda: (fmt.dequantize if fmt.dense else fmt.decode)(packed, out))  # what a step does
     gbs = (packed_bytes + out.numel() * 2) / us / 1e3
     entry = {
         "bits_per_weight": round(packed_bytes * 8 / weight.numel(), 3),

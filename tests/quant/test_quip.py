@@ -190,6 +190,22 @@ def test_quantize_fills_the_layout_and_nbytes(bits):
     assert fmt.nbytes(96, 128) == sum(t.nbytes for t in packed.values()) == 96 * 128 * bits // 8 + 4 * (96 + 128)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4096, 11008), (11008, 4096), (4096, 4096)], ids=str)
+def test_work_bytes_on_the_card(shape):
+    fmt = quant_format(QuantSpec("quip", 2))
+    packed = {name: t.cuda() for name, t in random_packed(fmt, *shape).items()}
+    scratch = Scratch(shape[0] * shape[1] * 2, "cuda")
+    x, gy = (torch.zeros(512, n, dtype=torch.float16, device="cuda") for n in reversed(shape))
+    y, gx = torch.empty_like(gy), torch.zeros_like(x)
+    for call in (lambda: fmt.forward(x, packed, scratch, y), lambda: fmt.grad_input(gy, packed, scratch, gx)):
+        call()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        assert torch.cuda.max_memory_allocated() - before <= fmt.work_bytes(512, *shape, 2)
+
+
 def test_layout_needs_no_torch():
     code = (
         "import sys; from lowvram_tuner.quant.registry import quant_format, resolve; "
