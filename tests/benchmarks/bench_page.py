@@ -1,6 +1,7 @@
 """Times the page as a user meets it: `python tests/benchmarks/bench_page.py [--json]`. Nothing is asserted here.
 
-Prints seconds from `python app.py` to the first answered page and to a usable one in a browser, the UI process' memory after
+Prints seconds from `python app.py` to the first answered page (and the processor's own, which other programs do not
+lengthen as much) and to a usable one in a browser, the UI process' memory after
 that, and milliseconds from a change of a control to a changed gauge. Needs Chromium and the package playwright for all but
 the first figure.
 """
@@ -52,6 +53,7 @@ def main() -> int:
         app = subprocess.Popen([sys.executable, "app.py", "--no-browser", "--port", str(port), "--runs", runs], cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
             figures = {"page_s": answered(address, begun)}
+            figures["page_cpu_s"] = sum(psutil.Process(app.pid).cpu_times()[:2])
             figures |= in_browser(address, begun)
             figures["rss_mb"] = psutil.Process(app.pid).memory_info().rss / 1e6
         finally:
