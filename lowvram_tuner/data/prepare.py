@@ -225,7 +225,8 @@ class Builder:
         report.examples = self.writer.examples
         report.problems = self.problems.list()
         report.histogram, report.longest = self.lengths.histogram(), self.lengths.longest
-        report.suggested_max_seq_length = self.lengths.suggestion()
+        if self._formats != ["text"]:  # texts are split, so any length holds them
+            report.suggested_max_seq_length = self.lengths.suggestion()
         return report
 
     def _duplicates(self, sources: list[Source]) -> None:

@@ -138,8 +138,8 @@ class Preview:
             encoded = self.encoder.encode([to_sample(record.value, self._layout(number), self.config.system_prompt)])[0]
             if encoded.error:
                 raise encoded.error
-        except RowError as error:
-            return {**shown, "problem": error.reason, "raw": self._raw(record, number)}
+        except (RowError, DataError) as error:  # DataError: no layout fits the row's file
+            return {**shown, "problem": plain(str(error)), "raw": self._raw(record, number)}
         return {**shown, **self._tokens(encoded), "notes": [*shown["notes"], *(reason for _, reason in encoded.notes)]}
 
     def _tokens(self, encoded: Encoded) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def test_long_text_is_split_at_paragraphs_and_nothing_is_lost(write, prepared, t
     result = prepared(write("a.jsonl", [{"text": text}]), max_seq_length=128)
     parts = [tokenizer.decode(e.input_ids) for e in result.train]
     assert "".join(parts) == text + "<|im_end|>"
+    assert result.report.suggested_max_seq_length == 0
     assert result.report.split == 1 and result.report.examples == len(parts) > 10
     assert all(len(e) <= 128 for e in result.train)
     assert all(part.endswith("\n\n") for part in parts[:-1])

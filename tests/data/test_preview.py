@@ -135,6 +135,14 @@ def test_columns_are_shown_for_mapping_when_nothing_fits(write, tokenizer, tmp_p
     }  # fmt: skip
 
 
+def test_a_file_without_a_layout_does_not_hide_the_others(write, look):
+    opened = look(f"{write('a.jsonl', ROWS[:2])},{write('b.csv', 'a,b' + chr(10) + '1,2' + chr(10))}")
+    assert "fit no known layout" in opened.summary()["error"]
+    rows = opened.rows(1, 5)
+    assert [r["problem"] is None for r in rows] == [True, True, False]
+    assert "fit no known layout" in rows[2]["problem"]
+
+
 def test_text_split_into_examples_is_shown_in_parts(write, look):
     row = look(write("a.jsonl", [{"text": "A sentence of words. " * 60}]), max_seq_length=64).rows(1, 1)[0]
     assert len(row["parts"]) > 3
