@@ -13,7 +13,7 @@ from lowvram_tuner.ui.data_view import preview_html, report_of, suggested_length
 from lowvram_tuner.ui.desk import Desk
 from lowvram_tuner.ui.train_view import length_cost, missing_data
 
-ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md")
+ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".text", ".md", ".markdown")
 ROWS = 8
 
 
