@@ -23,6 +23,7 @@ def measure(card: Card, dtype: torch.dtype) -> dict[str, float]:
     torch.cuda.synchronize()
     context = max(0, read_card().used_bytes - before)
     values = {"context_bytes": context + KERNEL_BYTES, **_rates(dtype)}
+    torch._C._cuda_clearCublasWorkspaces()  # of the default size; `train.session` asks for smaller ones
     torch.cuda.empty_cache()
     remember(card.uuid, values)
     return values

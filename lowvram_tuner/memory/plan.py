@@ -1,78 +1,31 @@
 """The fastest way to train inside a memory budget, decided before anything is loaded. No torch, a few milliseconds.
 
-`plan_run` starts from the fastest plan and gives up speed in this order until it fits: activations are recomputed instead
-of stored, their checkpoints move to host memory, the embeddings move to the host, the head takes fewer bits, the optimizer's
-state moves to the host, working buffers shrink, and last of all layers are streamed from the host. What room is left then
-buys back stored activations, layer by layer.
+Speed is given up in this order until a run fits: activations are recomputed instead of stored, their checkpoints move to
+host memory, the embeddings move to the host, the head takes fewer bits, the optimizer's state moves to the host, working
+buffers shrink, and last of all layers are streamed from the host. What room is left then buys back stored activations,
+layer by layer. `cost.py` says what each way takes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lowvram_tuner.config import ConfigError, TrainConfig
-from lowvram_tuner.hardware.measured import measured
-from lowvram_tuner.memory.estimate import Work, optimizer_bytes
+from lowvram_tuner.memory.budget import GB, Budget, Rates
+from lowvram_tuner.memory.cost import Choice, Cost, Layers
+from lowvram_tuner.memory.estimate import Work
 from lowvram_tuner.models.catalogue import ModelShape
 from lowvram_tuner.quant.registry import methods, resolve
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from lowvram_tuner.hardware.card import Card
-    from lowvram_tuner.hardware.ram import Ram
-
-MB = 10**6
-GB = 10**9
-CONTEXT_BYTES = 450 * MB  # CUDA's context of one process until a card's own was measured (`hardware.measured`)
-ROUNDING_BYTES = 48 * MB  # the allocator's: blocks of 512 bytes, segments of 2 to 20 MB
-WORKSPACE_BYTES = 2 * 8519680  # cuBLAS's own, one for each stream that multiplies; `train.session` sets its size
-RAM_PROCESS_BYTES = 350 * MB  # Python, torch and transformers on a machine without a card
-DESKTOP_RESERVE = 300 * MB  # left for the desktop when the user names no budget
+FEWEST_STREAMED = 3  # the ring's two slots cost as much as two layers, so streaming fewer saves nothing
 COMPONENT_LABELS = {
     "weights": "model", "embeddings": "word table", "head": "output layer", "adapter": "adapter",
     "gradients": "gradients", "optimizer": "optimizer", "activations": "kept activations", "layer_work": "one layer's work",
     "loss": "loss", "scratch": "unpacking buffer", "context": "CUDA itself",
 }  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Rates:
-    """What a card does per second. The defaults are a 6 GB laptop card's, until a card's own were measured."""
-
-    flops: float = 20e12
-    copy_bytes: float = 250e9
-    host_bytes: float = 8e9
-
-
-CPU_RATES = Rates(flops=60e9, copy_bytes=10e9, host_bytes=10e9)  # two laptop cores
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Memory that a run may use. `limit_bytes` is the most for this program's process, CUDA's own share included."""
-
-    total_bytes: int
-    others_bytes: int
-    limit_bytes: int
-    kind: str  # "vram" or "ram"
-    context_bytes: int = CONTEXT_BYTES
-    rates: Rates = Rates()
-
-    @classmethod
-    def of(cls, config: TrainConfig, card: Card | None, ram: Ram | None = None) -> Budget:
-        """The budget the config asks for, else what is free on the card (or in RAM without one) less a reserve."""
-        if card is None:
-            total, free, kind = (ram.total_bytes, ram.available_bytes, "ram") if ram else (0, 0, "ram")
-        else:
-            total, free, kind = card.total_bytes, card.free_bytes, "vram"
-        limit = int(config.vram_gb * GB) if config.vram_gb and kind == "vram" else max(0, free - DESKTOP_RESERVE)
-        if card is None:
-            return cls(total, total - free, limit, kind, RAM_PROCESS_BYTES, CPU_RATES)
-        known = measured(card.uuid)
-        rates = Rates(**{k: known[k] for k in ("flops", "copy_bytes", "host_bytes") if k in known})
-        return cls(total, total - free, limit, kind, int(known.get("context_bytes", CONTEXT_BYTES)), rates)
+Tier = tuple[list[Cost], int]  # choices that give up the same things, and how many layers are streamed
 
 
 @dataclass(frozen=True)
@@ -122,46 +75,68 @@ class Plan:
         return {n: getattr(self, n) for n in names} | {"words": list(self.words)}
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """One point of the planner's search: everything but how many activations are stored."""
-
-    inputs_on_host: bool = False
-    embeddings_on_host: bool = False
-    head_bits: int = 16
-    optimizer_on_host: bool = False
-    optimizer_bits: int = 32
-    scratch_rows: float = 1.0  # share of the largest fused weight that the scratch holds
-    mlp_chunk: int = 1 << 30
-    unpacked: bool = False
-    streamed: int = 0
-
-
 def plan_run(config: TrainConfig, shape: ModelShape, budget: Budget, rates: Rates | None = None) -> Plan:
     """The fastest plan of a config on a budget; `fits` is False when even the leanest does not."""
     rates = rates or budget.rates
+    cost, kept = _leanest(config, shape, budget, rates)
+    if cost.total(kept) > budget.limit_bytes:
+        plan = _plan(cost, kept, budget)
+        return replace(plan, fits=False, remedies=_remedies(config, shape, budget), words=(_too_big(plan),))
+    return _plan(*_best(_tiers(config, shape, budget, rates), budget), budget)
+
+
+def _leanest(config: TrainConfig, shape: ModelShape, budget: Budget, rates: Rates) -> tuple[Cost, Layers]:
+    """What takes least of all: every sacrifice made, every layer streamed, nothing kept."""
+    work, n = _work(config, shape, budget), shape.num_hidden_layers
+    choice = _sacrifices(work, budget)[-1]
+    streamed = n if budget.kind == "vram" and n >= FEWEST_STREAMED else 0
+    return Cost(work, choice, budget.context_bytes, rates, config.gradient_accumulation_steps), Layers(streamed)
+
+
+def _tiers(config: TrainConfig, shape: ModelShape, budget: Budget, rates: Rates) -> list[Tier]:
+    """The choices in tiers, the leanest first: all layers streamed, one less, ..., none; then the head at more bits.
+
+    Layers are streamed only from the leanest choices: with the head at the fewest bits and the optimizer on the host.
+    """
     work = _work(config, shape, budget)
     choices = _sacrifices(work, budget)
-    plans = [_plan(work, choice, budget, config, rates) for choice in choices]
-    fitting = [_spend(work, c, p, config, rates) for c, p in zip(choices, plans) if p.fits]
-    if fitting:  # a head at fewer bits costs quality, so it is never the price of speed
-        return min((p for p in fitting if p.head_bits == fitting[0].head_bits), key=lambda p: p.step_s)
-    lean = [(c, p) for c, p in zip(choices, plans) if p.head_bits == plans[-1].head_bits and c.optimizer_on_host]
-    streaming = [_streaming(work, c, p) for c, p in lean or [(choices[-1], plans[-1])]]
-    plans = [_plan(work, choice, budget, config, rates) for choice in streaming]
-    fitting = [_spend(work, c, p, config, rates) for c, p in zip(streaming, plans) if p.fits]
-    if fitting:
-        return min(fitting, key=lambda p: p.step_s)
-    plan = plans[-1]
-    return replace(plan, remedies=_remedies(config, shape, budget), words=(_too_big(plan),))
+    costs = [Cost(work, c, budget.context_bytes, rates, config.gradient_accumulation_steps) for c in choices]
+    tiers: list[Tier] = []
+    if budget.kind == "vram":
+        least = choices[-1].head_bits
+        lean = [c for c in costs if c.choice.head_bits == least and c.choice.optimizer_on_host]
+        tiers = [(lean, streamed) for streamed in range(work.shape.num_hidden_layers, FEWEST_STREAMED - 1, -1)]
+    for bits in sorted({c.head_bits for c in choices}):
+        tiers.append(([c for c in costs if c.choice.head_bits == bits], 0))
+    return tiers
 
 
-def _streaming(work: Work, choice: _Choice, plan: Plan) -> _Choice:
-    """`choice` with as few layers streamed as make up for what does not fit; two more pay for the ring's slots."""
-    if plan.budget.kind == "ram":
-        return choice
-    over = plan.process_bytes - plan.budget.limit_bytes
-    return replace(choice, streamed=min(work.shape.num_hidden_layers, 2 + -(-over // work.layer_bytes())))
+def _best(tiers: list[Tier], budget: Budget) -> tuple[Cost, Layers]:
+    """The fastest of the richest tier that fits, or of a leaner one while that is faster. The leanest must fit.
+
+    A head at fewer bits costs quality and streaming costs RAM, so neither is the price of speed: a leaner tier counts with
+    what it reaches just below the budget at which the next one begins to fit. That is also why more memory never makes a
+    step slower.
+    """
+    best, best_s, ceiling = (tiers[0][0][-1], Layers(tiers[0][1])), float("inf"), budget.limit_bytes
+    for costs, streamed in reversed(tiers):
+        need = min(c.total(Layers(streamed)) for c in costs)
+        if need > ceiling:
+            continue
+        for cost in costs:
+            kept = cost.kept_within(_for_activations(cost, ceiling, budget), streamed)
+            if kept is not None and (seconds := cost.seconds(kept)) < best_s:
+                best, best_s = (cost, kept), seconds
+        ceiling = need - 1
+    return best
+
+
+def _for_activations(cost: Cost, limit: int, budget: Budget) -> int:
+    """What activations may grow to: the limit, but only half of spare host memory, which everything else shares."""
+    if budget.kind == "vram":
+        return limit
+    need = cost.total(Layers())
+    return (limit + need) // 2 if limit > need else limit
 
 
 def _work(config: TrainConfig, shape: ModelShape, budget: Budget) -> Work:
@@ -170,15 +145,15 @@ def _work(config: TrainConfig, shape: ModelShape, budget: Budget) -> Work:
     return Work(shape, spec, tokens, config.lora_r, config.target_modules, item=2 if budget.kind == "vram" else 4)
 
 
-def _sacrifices(work: Work, budget: Budget) -> list[_Choice]:
+def _sacrifices(work: Work, budget: Budget) -> list[Choice]:
     """Choices from the fastest to the leanest; each gives up one thing more than the one before."""
-    steps = [_Choice()]
+    steps = [Choice()]
 
     def then(**changes: Any) -> None:
         steps.append(replace(steps[-1], **changes))
 
     if budget.kind == "ram":  # host memory is all there is: nothing can move out of it
-        return [_Choice(unpacked=True), _Choice(scratch_rows=0.5)]
+        return [Choice(unpacked=True), Choice(scratch_rows=0.5)]
     then(optimizer_bits=8)
     then(inputs_on_host=True)
     if not work.shape.tie_word_embeddings:
@@ -195,153 +170,35 @@ def _sacrifices(work: Work, budget: Budget) -> list[_Choice]:
     return steps
 
 
-def _components(work: Work, choice: _Choice, context: int, all_: int = 0, attention: int = 0) -> dict[str, int]:
-    """Bytes of every part. The layers that keep everything are the last: their backward is over, and their memory free,
-    before the first layer computes again. So the peak is the larger of two moments: the loss with everything kept, and the
-    first recomputing layer."""
-    s = work.shape
-    resident = s.num_hidden_layers - choice.streamed + (2 if choice.streamed else 0)
-    parameters = work.adapter_parameters()
-    unpacked = work.item * sum(o * i for o, i in s.linears().values())
-    scratch = _scratch_bytes(work, choice)
-    hidden = work.tokens * s.hidden_size * work.item
-    inputs = 2 * hidden if choice.inputs_on_host else (s.num_hidden_layers + 1) * hidden
-    kept_attention = attention * _extra(work, choice, "attention")
-    kept = inputs + all_ * _extra(work, choice, "all") + kept_attention
-    loss = work.loss_bytes(scratch if choice.head_bits < 16 else 0)
-    at_loss = kept + max(loss, work.kept_work_bytes() if all_ else 0)
-    recomputing = inputs + kept_attention + work.recompute_work_bytes(choice.mlp_chunk) if all_ < s.num_hidden_layers else 0
-    beyond = max(at_loss, recomputing) - kept
-    layer_work = min(beyond, work.kept_work_bytes() if at_loss > recomputing else beyond)
-    head = work.head_bytes(choice.head_bits)
-    return {
-        "weights": resident * (unpacked if choice.unpacked else work.layer_bytes()) + work.norm_bytes(),
-        "embeddings": 0 if choice.embeddings_on_host else work.embedding_bytes(),
-        "head": head,
-        "adapter": parameters * work.item,
-        "gradients": parameters * work.item,
-        "optimizer": 0 if choice.optimizer_on_host else optimizer_bytes(parameters, choice.optimizer_bits, work.item),
-        "activations": kept,
-        "layer_work": layer_work,
-        "loss": beyond - layer_work,
-        "scratch": scratch + (WORKSPACE_BYTES if work.item == 2 else 0),
-        "context": context + (ROUNDING_BYTES if work.item == 2 else 0),
-    }
-
-
-def _scratch_bytes(work: Work, choice: _Choice) -> int:
-    """The scratch: gate and up together at full size, less when memory is short; none when nothing is packed."""
-    if (work.spec.method == "none" or choice.unpacked) and choice.head_bits == 16:
-        return 0
-    linears = work.shape.linears()
-    largest = linears["gate_proj"][0] * linears["gate_proj"][1] * 2
-    rows = -(-int(largest * choice.scratch_rows) // work.shape.hidden_size)
-    return rows * work.shape.hidden_size * work.item
-
-
-def _plan(
-    work: Work, choice: _Choice, budget: Budget, config: TrainConfig, rates: Rates, all_: int = 0, attention: int = 0
-) -> Plan:
-    components = _components(work, choice, budget.context_bytes, all_, attention)
+def _plan(cost: Cost, kept: Layers, budget: Budget) -> Plan:
+    choice = cost.choice
     return Plan(
-        fits=sum(components.values()) <= budget.limit_bytes,
-        components=components,
+        fits=True,
+        components=cost.components(kept),
         budget=budget,
-        host_bytes=_host_bytes(work, choice),
-        step_s=_step_seconds(work, choice, config, rates, all_, attention),
-        words=_words(work, choice, all_),
-        keep_all=all_,
-        keep_attention=attention,
-        streamed=choice.streamed,
+        host_bytes=cost.host_bytes(kept.streamed),
+        step_s=cost.seconds(kept),
+        words=_words(cost, kept, budget),
+        keep_all=kept.keep_all,
+        keep_attention=kept.keep_attention,
+        streamed=kept.streamed,
         inputs_on_host=choice.inputs_on_host,
         embeddings_on_host=choice.embeddings_on_host,
         head_bits=choice.head_bits,
         optimizer_on_host=choice.optimizer_on_host,
         optimizer_bits=choice.optimizer_bits,
-        scratch_bytes=_scratch_bytes(work, choice),
+        scratch_bytes=cost.scratch,
         mlp_chunk=choice.mlp_chunk,
         unpacked=choice.unpacked,
-        item=work.item,
+        item=cost.work.item,
     )
 
 
-def _extra(work: Work, choice: _Choice, level: str) -> int:
-    """Bytes that a layer of that level takes beyond one that keeps its input: its input too, where others put theirs away."""
-    return work.saved_bytes(level) - (0 if choice.inputs_on_host else work.saved_bytes("input"))
-
-
-def _spend(work: Work, choice: _Choice, plan: Plan, config: TrainConfig, rates: Rates) -> Plan:
-    """Buys stored activations with the room left: whole layers first (most time saved per byte), then attention's output."""
-    n = work.shape.num_hidden_layers
-
-    def holds(all_: int, attention: int) -> bool:
-        return sum(_components(work, choice, plan.budget.context_bytes, all_, attention).values()) <= limit
-
-    limit = plan.budget.limit_bytes
-    if plan.budget.kind == "ram":
-        limit = (limit + plan.process_bytes) // 2  # host memory is shared with everything else
-    all_ = _most(n, lambda k: holds(k, 0))
-    attention = _most(n - all_, lambda k: holds(all_, k))
-    return _plan(work, choice, plan.budget, config, rates, all_, attention)
-
-
-def _most(highest: int, fits: Callable[[int], bool]) -> int:
-    """The largest k <= highest that fits, by bisection; 0 is taken to fit."""
-    low = 0
-    while low < highest:
-        middle = (low + highest + 1) // 2
-        low, highest = (middle, highest) if fits(middle) else (low, middle - 1)
-    return low
-
-
-def _host_bytes(work: Work, choice: _Choice) -> int:
-    """Host memory that the plan needs: streamed slabs, checkpoints, embeddings, optimizer state."""
-    s, total = work.shape, choice.streamed * work.layer_bytes()
-    if choice.inputs_on_host:
-        total += s.num_hidden_layers * work.tokens * s.hidden_size * work.item
-    if choice.embeddings_on_host:
-        total += work.embedding_bytes()
-    if choice.optimizer_on_host:
-        total += optimizer_bytes(work.adapter_parameters(), choice.optimizer_bits, work.item)
-    return total
-
-
-def _step_seconds(work: Work, choice: _Choice, config: TrainConfig, rates: Rates, all_: int, attention: int) -> float:
-    """Seconds of one optimizer step: per layer the larger of its arithmetic and its transfer, plus head and optimizer.
-
-    A pass through linears of P parameters takes 2 P T operations; dequantizing writes 2 P bytes and reads the packed ones.
-    """
-    s, t = work.shape, work.tokens
-    linears = s.linears()
-    per_layer = sum(o * i for o, i in linears.values())
-    recomputed = sum(linears[n][0] * linears[n][1] for n in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
-    o_proj = linears["o_proj"][0] * linears["o_proj"][1]
-    packed = work.spec.method != "none"
-
-    def seconds(parameters: float, times: int = 1) -> float:
-        unpack = times * parameters * (2 + work.spec.bits / 8) / rates.copy_bytes if packed else 0.0
-        return 2 * parameters * t / rates.flops + unpack
-
-    n = s.num_hidden_layers
-    mlp = sum(linears[k][0] * linears[k][1] for k in ("gate_proj", "up_proj", "down_proj"))
-    again_times = max(0, -(-t // choice.mlp_chunk) - 1)  # chunks of tokens unpack the MLP's weights again
-    chunked = (n - all_) * again_times * (seconds(mlp) - seconds(mlp, 0))
-    forward = n * seconds(per_layer) + chunked
-    again = (n - all_) * seconds(recomputed) + (n - all_ - attention) * seconds(o_proj)
-    backward = n * seconds(per_layer) + again + 2 * chunked
-    transfer = choice.streamed * work.layer_bytes() / rates.host_bytes
-    passes = max(forward, transfer) + max(backward, transfer)
-    elementwise = n * t * (12 * s.hidden_size + 6 * s.intermediate_size) * 2 * work.item / rates.copy_bytes
-    head = 4 * s.vocab_size * s.hidden_size * t / rates.flops
-    optimizer = 12 * work.adapter_parameters() / (rates.host_bytes if choice.optimizer_on_host else rates.copy_bytes)
-    return config.gradient_accumulation_steps * (passes + elementwise + head) + optimizer
-
-
-def _words(work: Work, choice: _Choice, all_: int) -> tuple[str, ...]:
-    n = work.shape.num_hidden_layers
-    words = [f"{work.spec.bits}-bit {work.spec.method}" if work.spec.method != "none" else "16-bit, not quantized"]
-    if choice.streamed:
-        words.append(f"{n - choice.streamed} of {n} layers stay on the GPU, {choice.streamed} stream from RAM")
+def _words(cost: Cost, kept: Layers, budget: Budget) -> tuple[str, ...]:
+    n, choice, spec = cost.layers, cost.choice, cost.work.spec
+    words = [f"{spec.bits}-bit {spec.method}" if spec.method != "none" else "16-bit, not quantized"]
+    if kept.streamed:
+        words.append(f"{n - kept.streamed} of {n} layers stay on the GPU, {kept.streamed} stream from RAM")
     if choice.embeddings_on_host:
         words.append("word table in RAM")
     if choice.head_bits < 16:
@@ -350,8 +207,9 @@ def _words(work: Work, choice: _Choice, all_: int) -> tuple[str, ...]:
         words.append("optimizer in RAM")
     if choice.inputs_on_host:
         words.append("checkpoints of activations in RAM")
-    words.append("activations kept" if all_ == n else f"activations recomputed in {n - all_} of {n} layers")
-    return tuple(words)
+    recomputed = n - kept.keep_all
+    words.append(f"activations recomputed in {recomputed} of {n} layers" if recomputed else "activations kept")
+    return (*words, budget.note) if budget.note else tuple(words)
 
 
 def _too_big(plan: Plan) -> str:
@@ -381,8 +239,5 @@ def _fits(config: TrainConfig, remedy: Remedy, shape: ModelShape, budget: Budget
         changed = TrainConfig.from_dict({**config.to_dict(), **remedy.changes})
     except ConfigError:
         return False
-    work = _work(changed, shape, budget)
-    leanest = _sacrifices(work, budget)[-1]
-    if budget.kind == "vram":
-        leanest = replace(leanest, streamed=shape.num_hidden_layers)
-    return sum(_components(work, leanest, budget.context_bytes).values()) <= budget.limit_bytes
+    cost, kept = _leanest(changed, shape, budget, budget.rates)
+    return cost.total(kept) <= budget.limit_bytes

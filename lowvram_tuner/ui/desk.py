@@ -75,7 +75,7 @@ class Desk:
     def answer(self, config: TrainConfig) -> Answer:
         """What the planner says about a config on this machine now."""
         machine = self.machine()
-        budget = _on_this_card(Budget.of(config, machine.card, machine.ram))
+        budget = Budget.of(config, machine.card, machine.ram)
         try:
             shape = shape_of(config.model)
         except ConfigError as error:
@@ -199,12 +199,6 @@ def _changed_at(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
-
-
-def _on_this_card(budget: Budget) -> Budget:
-    """A budget larger than the card is the card less what others hold."""
-    most = max(0, budget.total_bytes - budget.others_bytes)
-    return dataclasses.replace(budget, limit_bytes=most) if budget.limit_bytes > budget.total_bytes else budget
 
 
 def _may_be_downloaded(model: str) -> bool:

@@ -11,13 +11,20 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lowvram_tuner.config import TrainConfig
+from lowvram_tuner.memory.budget import Rates
+from lowvram_tuner.memory.cost import Choice, Cost, Layers
+from lowvram_tuner.memory.estimate import Work
 from lowvram_tuner.memory.plan import COMPONENT_LABELS, GB, Budget, plan_run
 from lowvram_tuner.models.catalogue import catalogue, shape_of
+from lowvram_tuner.quant.registry import resolve
 
 CASES = [("meta-llama/Llama-3.1-8B-Instruct", 4), ("Qwen/Qwen3-14B", 4), ("Qwen/Qwen2.5-0.5B-Instruct", 16)]
 
@@ -33,16 +40,48 @@ def plan_of(model: str, gb: float, kind: str = "vram", **options):
 
 @pytest.mark.parametrize("model, bits", CASES)
 def test_more_memory_gives_up_no_more(model, bits):
-    """The output layer's bits come before time: it may get more of them and the step be slower. With the same it is not."""
     plans = [plan_of(model, gb, bits=bits) for gb in (x / 4 for x in range(2, 120, 2))]
     fitting = [p.fits for p in plans]
     assert fitting == sorted(fitting) and not fitting[0] and fitting[-1]
     fitted = [p for p in plans if p.fits]
     for less, more in itertools.pairwise(fitted):
-        assert more.head_bits >= less.head_bits and more.streamed <= less.streamed
-        if more.head_bits == less.head_bits:
-            assert more.step_s <= less.step_s * 1.02, (less.to_dict(), more.to_dict())
-    assert fitted[-1].step_s == min(p.step_s for p in fitted)
+        assert more.head_bits >= less.head_bits and more.streamed <= less.streamed, (less.to_dict(), more.to_dict())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    model=st.sampled_from(("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-14B", "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-2-70b-chat-hf")),
+    bits=st.sampled_from((4, 8, 16)), batch=st.sampled_from((1, 4, 16)), length=st.sampled_from((128, 512, 2048)),
+    share=st.floats(0, 1), more=st.floats(0, 0.2), rates=st.sampled_from((Rates(), Rates(640e12, 2.5e12, 50e9), Rates(20e12, 250e9, 1e9))),
+)  # fmt: skip
+def test_more_memory_never_makes_a_step_slower(model, bits, batch, length, share, more, rates):
+    """`share` of the way from the least memory that fits to all that can be used, and a little more."""
+    config = TrainConfig(model=model, bits=bits, micro_batch_size=batch, max_seq_length=length)
+    shape = shape_of(model)
+    least = plan_run(config, shape, budget(0), rates).process_bytes
+    most = plan_run(config, shape, budget(5000), rates).process_bytes
+    less, limit = (int(least + x * (most - least)) for x in (share, share + more))
+    slower, faster = (plan_run(config, shape, Budget(n, 0, n, "vram"), rates) for n in (less, limit))
+    assert slower.fits and faster.fits
+    assert faster.step_s <= slower.step_s, (slower.to_dict(), faster.to_dict())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    streamed=st.sampled_from((0, 4, 9)), spare=st.integers(0, 9 * GB), host=st.booleans(), chunk=st.sampled_from((1 << 30, 2048)),
+    batch=st.sampled_from((1, 8)),
+)  # fmt: skip
+def test_as_many_activations_are_kept_as_fit(streamed, spare, host, chunk, batch):
+    shape = shape_of("meta-llama/Llama-3.1-8B-Instruct")
+    work = Work(shape, resolve(4), batch * 512, 16, TrainConfig().target_modules)
+    cost = Cost(work, Choice(inputs_on_host=host, mlp_chunk=chunk), 450 * 10**6, Rates(), 1)
+    limit = cost.total(Layers(streamed)) + spare
+    kept = cost.kept_within(limit, streamed)
+    assert cost.total(kept) <= limit and sum(cost.components(kept).values()) == cost.total(kept)
+    if kept.keep_all < 32:
+        assert cost.total(replace(kept, keep_all=kept.keep_all + 1, keep_attention=0)) > limit
+        assert kept.keep_all + kept.keep_attention == 32 or cost.total(replace(kept, keep_attention=kept.keep_attention + 1)) > limit
+    assert cost.kept_within(cost.total(Layers(streamed)) - 1, streamed) is None
 
 
 @pytest.mark.parametrize("model, bits", CASES)
@@ -154,25 +193,51 @@ def test_the_budget_of_a_card_and_of_a_machine_without_one():
     card = SimpleNamespace(total_bytes=6 * GB, free_bytes=5 * GB, used_bytes=GB, uuid="GPU-none-of-this-name")
     asked = Budget.of(TrainConfig(vram_gb=4.5), card)
     assert (asked.limit_bytes, asked.others_bytes, asked.total_bytes, asked.kind) == (int(4.5 * GB), GB, 6 * GB, "vram")
+    assert not asked.note
     free = Budget.of(TrainConfig(), card)
     assert 4 * GB < free.limit_bytes < 5 * GB  # a reserve is left for the desktop
     ram = SimpleNamespace(total_bytes=16 * GB, available_bytes=9 * GB)
-    without = Budget.of(TrainConfig(), None, ram)
+    without = Budget.of(TrainConfig(vram_gb=4.5), None, ram)  # a run without a card uses RAM, whatever VRAM a preset names
     assert without.kind == "ram" and 8 * GB < without.limit_bytes < 9 * GB
     assert Budget.of(TrainConfig(), None, None).limit_bytes == 0
 
 
-def test_planning_takes_milliseconds():
+def test_a_budget_larger_than_the_card_is_what_is_free_and_says_so():
+    card = SimpleNamespace(total_bytes=6 * GB, free_bytes=5 * GB, used_bytes=GB, uuid="GPU-none-of-this-name")
+    clamped = Budget.of(TrainConfig(vram_gb=24), card)
+    assert clamped.limit_bytes == 5 * GB and "24 GB were asked for" in clamped.note and "6.0 GB" in clamped.note
+    plan = plan_run(TrainConfig(), shape_of("demo"), clamped)
+    assert plan.fits and plan.words[-1] == clamped.note
+
+
+def test_a_card_to_come_is_planned_for_as_a_card():
+    absent = Budget.of_absent_card(5.2)
+    assert (absent.kind, absent.limit_bytes, absent.others_bytes) == ("vram", int(5.2 * GB), 0) and absent.rates == Rates()
+    plan = plan_run(TrainConfig(model="Qwen/Qwen3-8B"), shape_of("Qwen/Qwen3-8B"), absent)
+    assert plan.fits and plan.item == 2 and "not in this machine" in plan.words[-1]
+
+
+@pytest.mark.parametrize(
+    "model, gb, length",
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", 8, 512),
+        ("meta-llama/Llama-3.1-8B-Instruct", 4, 512),
+        ("Qwen/Qwen3-14B", 5.2, 512),
+        ("Qwen/Qwen3-14B", 6, 2048),
+        ("Qwen/Qwen3-32B", 5.2, 512),
+        ("meta-llama/Llama-2-70b-chat-hf", 22, 2048),
+        ("meta-llama/Llama-2-70b-chat-hf", 2, 2048),  # does not fit: remedies are tried
+    ],
+)
+def test_planning_takes_milliseconds(model, gb, length):
     """The gauge asks at every keystroke. The best of several, so that a busy machine does not fail it."""
-    config, shape = TrainConfig(model="meta-llama/Llama-3.1-8B-Instruct"), shape_of("meta-llama/Llama-3.1-8B-Instruct")
-    plan_run(config, shape, budget(4))
-    for gb, limit in ((8, 0.010), (4, 0.025)):  # 4 GB walks through streamed plans
-        times = []
-        for _ in range(15):
-            start = time.process_time()
-            plan_run(config, shape, budget(gb))
-            times.append(time.process_time() - start)
-        assert min(times) < limit, (gb, min(times))
+    config, shape = TrainConfig(model=model, max_seq_length=length), shape_of(model)
+    times = []
+    for _ in range(15):
+        start = time.process_time()
+        plan_run(config, shape, budget(gb))
+        times.append(time.process_time() - start)
+    assert min(times) < 0.010, min(times)
 
 
 def test_planning_imports_no_torch(root):

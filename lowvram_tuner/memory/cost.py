@@ -1,0 +1,178 @@
+"""What one way to run costs: its bytes, part by part, and its seconds, for any number of streamed and kept layers. No torch.
+
+A `Choice` is everything that the planner decides but these numbers. `Cost` computes once what they do not change, so that the
+planner can try hundreds of them: bytes and seconds are then a few products, and how many layers can keep their activations
+in a budget is a division.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowvram_tuner.memory.budget import MB, Rates
+from lowvram_tuner.memory.estimate import Work, optimizer_bytes
+
+ROUNDING_BYTES = 48 * MB  # the allocator's: blocks of 512 bytes, segments of 2 to 20 MB
+WORKSPACE_BYTES = 2 * 8519680  # cuBLAS's own, one for each stream that multiplies; `train.session` sets its size
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run; the defaults are the fastest and largest."""
+
+    inputs_on_host: bool = False
+    embeddings_on_host: bool = False
+    head_bits: int = 16
+    optimizer_on_host: bool = False
+    optimizer_bits: int = 32
+    scratch_rows: float = 1.0  # share of the largest fused weight that the scratch holds
+    mlp_chunk: int = 1 << 30
+    unpacked: bool = False  # CPU only
+
+
+@dataclass(frozen=True)
+class Layers:
+    """How many layers are streamed, keep all activations, and keep attention's output."""
+
+    streamed: int = 0
+    keep_all: int = 0
+    keep_attention: int = 0
+
+
+class Cost:
+    """The costs of a choice for a work. `accumulation`: micro-batches of an optimizer step."""
+
+    def __init__(self, work: Work, choice: Choice, context: int, rates: Rates, accumulation: int) -> None:
+        self.work, self.choice = work, choice
+        self.layers = work.shape.num_hidden_layers
+        self._measure(context)
+        self._time(rates, accumulation)
+
+    # bytes -------------------------------------------------------------------------------------------------------------
+
+    def _measure(self, context: int) -> None:
+        work, choice = self.work, self.choice
+        parameters = work.adapter_parameters()
+        unpacked = work.item * sum(o * i for o, i in work.shape.linears().values())
+        self.packed_layer = work.layer_bytes()
+        self.layer = unpacked if choice.unpacked else self.packed_layer
+        self.scratch = self._scratch_bytes()
+        self.norms = work.norm_bytes()
+        self.fixed = {
+            "embeddings": 0 if choice.embeddings_on_host else work.embedding_bytes(),
+            "head": work.head_bytes(choice.head_bits),
+            "adapter": parameters * work.item,
+            "gradients": parameters * work.item,
+            "optimizer": 0 if choice.optimizer_on_host else optimizer_bytes(parameters, choice.optimizer_bits, work.item),
+            "scratch": self.scratch + (WORKSPACE_BYTES if work.item == 2 else 0),
+            "context": context + (ROUNDING_BYTES if work.item == 2 else 0),
+        }
+        self.always = sum(self.fixed.values())
+        hidden = work.saved_bytes("input")
+        self.inputs = 2 * hidden if choice.inputs_on_host else (self.layers + 1) * hidden
+        # What a layer that keeps more takes beyond one that keeps its input; its input too, where others put theirs away.
+        counted = 0 if choice.inputs_on_host else hidden
+        self.extra_all, self.extra_attention = work.saved_bytes("all") - counted, work.saved_bytes("attention") - counted
+        self.loss = work.loss_bytes(self.scratch if choice.head_bits < 16 else 0)
+        self.kept_work, self.recompute_work = work.kept_work_bytes(), work.recompute_work_bytes(choice.mlp_chunk)
+
+    def _scratch_bytes(self) -> int:
+        """The scratch: gate and up together at full size, less when memory is short; none when nothing is packed."""
+        work, choice = self.work, self.choice
+        if (work.spec.method == "none" or choice.unpacked) and choice.head_bits == 16:
+            return 0
+        rows, columns = work.shape.linears()["gate_proj"]
+        return -(-int(2 * rows * columns * choice.scratch_rows) // work.shape.hidden_size) * work.shape.hidden_size * work.item
+
+    def _weights(self, streamed: int) -> int:
+        """Packed layers on the card: the resident ones, and the ring's two slots where any is streamed."""
+        return self.norms + self.layer * (self.layers - streamed + (2 if streamed else 0))
+
+    def _moments(self, kept: Layers) -> tuple[int, int]:
+        """Bytes of activations and work at the two moments that may be the peak.
+
+        The layers that keep everything are the last: their backward is over, and their memory free, before the first layer
+        computes again. So the peak is the loss with everything kept, or the first recomputing layer.
+        """
+        attention = kept.keep_attention * self.extra_attention
+        at_loss = self.inputs + kept.keep_all * self.extra_all + attention + self._loss_work(kept.keep_all)
+        recomputing = self.inputs + attention + self.recompute_work if kept.keep_all < self.layers else 0
+        return at_loss, recomputing
+
+    def _loss_work(self, keep_all: int) -> int:
+        return max(self.loss, self.kept_work) if keep_all else self.loss
+
+    def total(self, kept: Layers) -> int:
+        """All bytes of the process."""
+        return self.always + self._weights(kept.streamed) + max(self._moments(kept))
+
+    def components(self, kept: Layers) -> dict[str, int]:
+        """Bytes of every part, in display order."""
+        at_loss, recomputing = self._moments(kept)
+        stored = self.inputs + kept.keep_all * self.extra_all + kept.keep_attention * self.extra_attention
+        beyond = max(at_loss, recomputing) - stored
+        layer_work = min(beyond, self.kept_work if at_loss > recomputing else beyond)
+        parts = {"weights": self._weights(kept.streamed), **self.fixed}
+        scratch, context = parts.pop("scratch"), parts.pop("context")
+        return parts | {
+            "activations": stored, "layer_work": layer_work, "loss": beyond - layer_work, "scratch": scratch, "context": context,
+        }  # fmt: skip
+
+    def kept_within(self, limit: int, streamed: int = 0) -> Layers | None:
+        """As many stored activations as `limit` bytes hold: whole layers first, which save most time per byte, then
+        attention's output. None when not even a run that stores none fits."""
+        room = limit - self.always - self._weights(streamed)
+        if room < self.inputs + max(self.loss, self.recompute_work):
+            return None
+        spare = room - self.inputs - max(self.loss, self.kept_work)
+        all_ = min(self.layers, max(0, spare // self.extra_all))
+        if all_ == self.layers:
+            return Layers(streamed, all_)
+        spare = room - self.inputs - max(self._loss_work(all_) + all_ * self.extra_all, self.recompute_work)
+        return Layers(streamed, all_, min(self.layers - all_, spare // self.extra_attention))
+
+    def host_bytes(self, streamed: int) -> int:
+        """Host memory that the plan needs: streamed slabs, checkpoints, embeddings, optimizer state."""
+        work, choice, total = self.work, self.choice, streamed * self.packed_layer
+        if choice.inputs_on_host:
+            total += self.layers * work.saved_bytes("input")
+        if choice.embeddings_on_host:
+            total += work.embedding_bytes()
+        if choice.optimizer_on_host:
+            total += optimizer_bytes(work.adapter_parameters(), choice.optimizer_bits, work.item)
+        return total
+
+    # seconds -----------------------------------------------------------------------------------------------------------
+
+    def _time(self, rates: Rates, accumulation: int) -> None:
+        """Seconds of the parts of a micro-batch. Linears of P parameters take 2 P T operations in one pass; dequantizing
+        writes 2 P bytes and reads the packed ones. With chunks of tokens the MLP is unpacked again for each."""
+        work, s, t = self.work, self.work.shape, self.work.tokens
+        sizes = {name: o * i for name, (o, i) in s.linears().items()}
+        packed = work.spec.method != "none" and not self.choice.unpacked
+        unpack = (2 + work.spec.bits / 8) / rates.copy_bytes if packed else 0.0
+        once = 2 * t / rates.flops + unpack  # a parameter's share of one pass
+        mlp = sizes["gate_proj"] + sizes["up_proj"] + sizes["down_proj"]
+        self.pass_s = self.layers * sum(sizes.values()) * once
+        self.again_s = sum(sizes[n] for n in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")) * once
+        self.attention_again_s = sizes["o_proj"] * once
+        self.chunks_s = max(0, -(-t // self.choice.mlp_chunk) - 1) * mlp * unpack
+        self.slab_s = self.packed_layer / rates.host_bytes
+        self.input_s = work.saved_bytes("input") / rates.host_bytes if self.choice.inputs_on_host else 0.0
+        elementwise = self.layers * t * (12 * s.hidden_size + 6 * s.intermediate_size) * 2 * work.item / rates.copy_bytes
+        table = s.vocab_size * s.hidden_size
+        unpack_head = table * (2 + self.choice.head_bits / 8) / rates.copy_bytes if self.choice.head_bits < 16 else 0.0
+        self.rest_s = elementwise + 4 * table * t / rates.flops + unpack_head
+        state = 12 * work.adapter_parameters()
+        self.optimizer_s = state / (rates.host_bytes if self.choice.optimizer_on_host else rates.copy_bytes)
+        self.accumulation = accumulation
+
+    def seconds(self, kept: Layers) -> float:
+        """Seconds of one optimizer step: forward and backward each the larger of its arithmetic and its transfers."""
+        computing = self.layers - kept.keep_all
+        chunks = computing * self.chunks_s
+        again = computing * self.again_s + (computing - kept.keep_attention) * self.attention_again_s
+        slabs, inputs = kept.streamed * self.slab_s, computing * self.input_s
+        forward = max(self.pass_s + chunks, slabs, inputs)  # slabs come in while inputs go out
+        backward = max(self.pass_s + 2 * chunks + again, slabs + inputs)
+        return self.accumulation * (forward + backward + self.rest_s) + self.optimizer_s
