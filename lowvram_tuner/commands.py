@@ -79,8 +79,12 @@ def plan(config: TrainConfig, args: argparse.Namespace) -> Result:
     from lowvram_tuner.memory.plan import GB, Budget, plan_run
     from lowvram_tuner.models.catalogue import shape_of
 
-    found = plan_run(config, shape_of(config.model), Budget.of(config, read_card(), read_ram()))
+    card = read_card()
+    shopping = card is None and config.vram_gb > 0  # a run would use RAM; who asks for VRAM here means a card to come
+    budget = Budget.of_absent_card(config.vram_gb) if shopping else Budget.of(config, card, read_ram())
+    found = plan_run(config, shape_of(config.model), budget)
     return {
+        "planned_for": budget.note or (f"the {card.name} in this machine" if card else "RAM, since there is no card"),
         "fits": found.fits,
         "predicted_peak_gb": found.allocated_bytes / GB,
         "predicted_process_gb": found.process_bytes / GB,
@@ -94,15 +98,22 @@ def plan(config: TrainConfig, args: argparse.Namespace) -> Result:
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10, help="Measured steps. Default: 10.")
     parser.add_argument("--random-weights", action="store_true", help="Random packed weights of the model's shape: no download.")
+    parser.add_argument("--profile", action="store_true", help="Show how busy the card is and which kernels take its time.")
 
 
 @command("bench", "Measure memory and speed of training steps.", ALL, _bench_arguments, uses_card=True)
 def bench(config: TrainConfig, args: argparse.Namespace) -> Result:
     if args.steps < 1:
         raise ConfigError(f"steps={args.steps} is too few; measure 1 or more.")
+    from lowvram_tuner.train import profile
     from lowvram_tuner.train.bench import bench
 
-    return bench(config, args.steps, args.random_weights)
+    result = bench(config, args.steps, args.random_weights)
+    found = result.pop("profile")
+    if args.profile:
+        print(profile.table(found), file=sys.stderr)
+        result["profile"] = found
+    return result
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:

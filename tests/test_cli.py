@@ -131,6 +131,16 @@ def test_plan_answers_in_json_without_torch(tmp_path):
     assert torch_there == "False"
 
 
+def test_plan_without_a_card_is_for_the_card_asked_for_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("lowvram_tuner.hardware.card.read_card", lambda: None)
+    assert cli.main(["plan", "--model", "Qwen/Qwen3-8B", "--vram-gb", "5.2", "--json"]) == 0
+    asked = json.loads(capsys.readouterr().out)
+    assert asked["fits"] and 2 < asked["predicted_process_gb"] <= 5.2
+    assert "a card of 5.2 GB that is not in this machine" in asked["planned_for"] and asked["plan"]["words"][-1] == asked["planned_for"]
+    assert cli.main(["plan", "--json"]) == 0
+    assert "RAM" in json.loads(capsys.readouterr().out)["planned_for"]
+
+
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["--help"])
