@@ -16,6 +16,7 @@ from lowvram_tuner.quant.spec import QuantSpec
 ALIGN = 512  # the caching allocator rounds every block up to this
 HEAD_NORM_FAMILIES = ("qwen3",)  # q and k are normed per head, and kept before and after
 VOCABULARY_TILE = 16384  # rows of a head that needs no dequantizing met at a time
+MLP, ATTENTION = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
 LOSS_ROWS = 2048  # rows of hidden states that meet one tile of the head at a time
 
 
@@ -83,23 +84,30 @@ class Work:
         return size
 
     def kept_work_bytes(self) -> int:
-        """The backward of a layer that kept everything: MLP T (2 H + I), or attention less the gate and up it has freed."""
+        """The backward of a layer that kept everything: MLP T (2 H + I) and what the format allocates, or attention less the
+        gate and up it has freed."""
         s = self.shape
-        mlp = 2 * s.hidden_size + s.intermediate_size
-        attention = s.hidden_size + self._attention_gradients() - 2 * s.intermediate_size
-        return self.tokens * max(mlp, attention) * self.item
+        mlp = self.tokens * (2 * s.hidden_size + s.intermediate_size) * self.item + self.format_bytes(self.tokens, *MLP)
+        attention = self.tokens * (s.hidden_size + self._attention_gradients() - 2 * s.intermediate_size) * self.item
+        return max(mlp, attention)
 
     def recompute_work_bytes(self, mlp_chunk: int) -> int:
         """The backward of a layer that computes everything again, beyond its input: the larger of its two halves.
 
         MLP, C tokens at a time: C (H + 3 I) beside gradient, residual, attention output, q k v = T (2 H + Q + Q + 2 KV).
-        Attention: gradient, q k v and output = T (H + 2 Q + 2 KV) and what its own backward holds.
+        Attention: gradient, q k v and output = T (H + 2 Q + 2 KV) and what its own backward holds. Beside either stands what
+        the format allocates for one product.
         """
         s, c = self.shape, min(mlp_chunk, self.tokens)
         h, qkv = s.hidden_size, self.q + 2 * self.kv + self.rotated
-        mlp = self.tokens * (2 * h + self.q + qkv) + c * (h + 3 * s.intermediate_size)
-        attention = self.tokens * (h + self.q + qkv + self._attention_gradients())
-        return max(mlp, attention) * self.item
+        mlp = (self.tokens * (2 * h + self.q + qkv) + c * (h + 3 * s.intermediate_size)) * self.item + self.format_bytes(c, *MLP)
+        own = max(self.tokens * self._attention_gradients() * self.item, self.format_bytes(self.tokens, *ATTENTION))
+        return max(mlp, self.tokens * (h + self.q + qkv) * self.item + own)
+
+    def format_bytes(self, tokens: int, *names: str) -> int:
+        """What the format itself allocates for a product of one of these linears with `tokens` rows (quip's rotated rows)."""
+        fmt, sizes = quant_format(self.spec), self.shape.linears()
+        return max(fmt.work_bytes(tokens, *sizes[name], self.item) for name in names)
 
     def _attention_gradients(self) -> int:
         """Values a token in attention's backward: the output's gradient Q, dq, dk and dv of every head 3 Q, an fp32

@@ -180,6 +180,16 @@ def test_fewer_bits_take_less():
         assert bits <= 8 * size / in_linears < bits + 0.6
 
 
+def test_what_a_format_allocates_beside_its_result_is_counted():
+    """quip turns its activations: two copies of the wider side, here the MLP's inner one."""
+    shape, targets = shape_of("meta-llama/Llama-2-7b-chat-hf"), TrainConfig().target_modules
+    quip, hqq = (Work(shape, resolve(2, method, group_size=128), 2048, 8, targets) for method in ("quip", "hqq"))
+    turned = 2 * shape.intermediate_size * 2
+    assert quip.recompute_work_bytes(1024) - hqq.recompute_work_bytes(1024) <= 1024 * turned
+    assert quip.recompute_work_bytes(1 << 30) - hqq.recompute_work_bytes(1 << 30) == 2048 * turned
+    assert quip.kept_work_bytes() - hqq.kept_work_bytes() == 2048 * turned
+
+
 def test_longer_examples_take_more():
     plans = [plan_of("Qwen/Qwen3-8B", 200, max_seq_length=n) for n in (256, 512, 1024, 2048)]
     for short, long in itertools.pairwise(plans):
