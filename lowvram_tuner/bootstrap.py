@@ -31,7 +31,7 @@ NO_DEPENDENCIES = (  # installed without what they ask for
 )
 TEST_PACKAGES = (
     "pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "httpx>=0.27", "playwright>=1.50",
-    "ruff>=0.9", "trl>=1.0",
+    "ruff>=0.9", "trl>=1.0", "tensorboard>=2.18",
 )  # fmt: skip
 IMPORTS = ("torch", "transformers", "peft", "accelerate", "datasets", "gradio", "psutil", "pynvml", "gguf", "safetensors")
 CPU_BYTES, CUDA_BYTES = 5 * 10**9, 12 * 10**9  # free disk an installation needs: .venv, and downloads while they unpack

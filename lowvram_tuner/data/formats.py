@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowvram_tuner.data.chats import read_chat, read_tools
+from lowvram_tuner.data.names import ROLES, UNUSED, column_items
 from lowvram_tuner.data.readers import GOES_ON
 from lowvram_tuner.data.report import DataError, RowError
 
@@ -26,7 +27,6 @@ NAMES = {
     "system": ("system", "system_prompt"),
     "tools": ("tools", "functions"),
 }
-ROLES = tuple(NAMES)
 SHOWN = {  # names of the layouts as the page and the report show them
     "messages": "messages (role/content)", "sharegpt": "ShareGPT (from/value)", "alpaca": "Alpaca (instruction/input/output)",
     "prompt_completion": "prompt and completion", "question_answer": "question and answer", "text": "plain text",
@@ -62,7 +62,7 @@ class Sample:
 def mapping(columns: Iterable[str]) -> dict[str, str]:
     """A config's ("role=column", ...) as a dict. Raises DataError for an unknown role or a missing '='."""
     roles = {}
-    for item in columns:
+    for item in column_items(columns):
         role, equals, column = (part.strip() for part in item.partition("="))
         if not equals or not column or role not in ROLES:
             raise DataError(f"columns has {item!r}; write role=column, where the role is one of {', '.join(ROLES)}.")
@@ -70,23 +70,33 @@ def mapping(columns: Iterable[str]) -> dict[str, str]:
     return roles
 
 
+def missing(given: dict[str, str], columns: Iterable[str]) -> dict[str, str]:
+    """The part of a user's mapping that names columns a file does not have."""
+    have = set(columns)
+    return {role: column for role, column in given.items() if column not in have and column != UNUSED}
+
+
+def columns_of(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The names of all columns of some rows, in the order they are met."""
+    return tuple(dict.fromkeys(str(name) for row in rows for name in row if name != GOES_ON))
+
+
 def detect(rows: list[dict[str, Any]], given: dict[str, str], file: str) -> Layout:
     """The layout of a file from some of its first rows. Raises DataError that names the columns when none fits."""
-    columns = tuple(dict.fromkeys(str(name) for row in rows for name in row if name != GOES_ON))
-    for role, column in given.items():
-        if column not in columns:
-            raise DataError(f"{file} has no column {column!r} for {role}; its columns are {', '.join(columns)}.")
-    roles, doubts = dict(given), []
-    for role in ROLES:
-        if role not in roles:
-            found = [c for c in _named(columns, NAMES[role]) if c not in given.values()]
+    columns = columns_of(rows)
+    for role, column in missing(given, columns).items():
+        raise DataError(f"{file} has no column {column!r} for {role}; its columns are {', '.join(columns)}.")
+    roles, doubts = {role: column for role, column in given.items() if column != UNUSED}, []
+    for role, names in NAMES.items():
+        if role not in given:
+            found = [c for c in _named(columns, names) if c not in given.values()]
             if role in ("messages", "tools"):
                 found = [c for c in found if any(_is_list(row.get(c)) for row in rows)]
             if found:
                 roles[role] = found[0]
             if len(found) > 1 and role in ("prompt", "completion", "text"):
                 doubts.append(f"{file}: {', '.join(found)} could each be the {role}; {found[0]} is used")
-    return _layout(rows, roles, set(given), columns, tuple(doubts), file)
+    return _layout(rows, roles, {r for r in given if r in roles}, columns, tuple(doubts), file)
 
 
 def _layout(

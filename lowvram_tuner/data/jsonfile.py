@@ -29,12 +29,15 @@ _OPENING = {"}": "{", "]": "["}
 _JSON = json.JSONDecoder()
 
 
-def read_json(path: Path, encoding: Encoding, offset: int = 0, number: int = 1) -> Iterator[Record]:
-    """The rows of a .json or .jsonl file; what it holds is decided by its first line, not by its name."""
+def read_json(path: Path, encoding: Encoding, offset: int = 0, number: int = 1, unread: bool = False) -> Iterator[Record]:
+    """The rows of a .json or .jsonl file; what it holds is decided by its first line, not by its name.
+
+    unread: of a list, only where its rows start; their records are empty.
+    """
     if has_lines(path, encoding):
         yield from read_jsonl(path, encoding, offset, number)
         return
-    stream = _Stream(path, encoding, offset, number)
+    stream = _Stream(path, encoding, offset, number, unread)
     with stream.file:
         if offset or stream.peek() == "[":
             stream.pos += 0 if offset else 1
@@ -124,7 +127,8 @@ class _Element(NamedTuple):
 class _Stream:
     """A sliding window of a file's text: `text[pos:]` is what comes next, `line` the line number at `pos`."""
 
-    def __init__(self, path: Path, encoding: Encoding, offset: int, number: int) -> None:
+    def __init__(self, path: Path, encoding: Encoding, offset: int, number: int, unread: bool) -> None:
+        self._unread = unread
         self.file = open_utf8(path, encoding, offset)
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bad bytes become lone surrogates
         self._offset = offset or encoding.mark  # byte at which `text` starts
@@ -233,7 +237,7 @@ class _Stream:
             line, offset, start = self.line, self.offset, self.pos
             found = self.element()
             if found is not None:
-                yield found.record(line, offset, () if comma else (_NO_COMMA,))
+                yield Record(line, {}, None, (), offset) if self._unread else found.record(line, offset, () if comma else (_NO_COMMA,))
                 comma = False
                 continue
             yield Record(line, None, ("cut_off", "the element that starts here is cut off or not closed"), (), offset)

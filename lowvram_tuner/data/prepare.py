@@ -19,7 +19,7 @@ import numpy as np
 from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.data.cache import VERSION, Examples, Writer, open_cache
 from lowvram_tuner.data.examples import Batch, Encoded, Encoder
-from lowvram_tuner.data.formats import SAMPLE_ROWS, Layout, Sample, detect, mapping, to_sample
+from lowvram_tuner.data.formats import SAMPLE_ROWS, Layout, Sample, columns_of, detect, mapping, missing, to_sample
 from lowvram_tuner.data.held_out import Candidates, among, choose_prompts, repeats, row_hash, split
 from lowvram_tuner.data.readers import Record
 from lowvram_tuner.data.report import DataError, DataReport, Lengths, Problems, RowError
@@ -73,10 +73,15 @@ def report(config: TrainConfig) -> dict[str, Any]:
     return prepare(config, load_tokenizer(config.model)).report.to_json()
 
 
-def layout_of(source: Source, config: TrainConfig) -> Layout:
-    """How a source's columns are used, by its first usable rows. Raises DataError where no layout fits."""
-    rows = (r.value for r in source.records() if r.value is not None)
-    return detect(list(islice(rows, SAMPLE_ROWS)), mapping(config.columns), source.name)
+def layout_of(source: Source, config: TrainConfig, alone: bool) -> Layout:
+    """How a source's columns are used, by its first usable rows. Raises DataError where no layout fits.
+
+    alone: it is the only source, and must have all columns that the config names; of several some may have them.
+    """
+    rows = list(islice((r.value for r in source.records() if r.value is not None), SAMPLE_ROWS))
+    given = mapping(config.columns)
+    absent = {} if alone else missing(given, columns_of(rows))
+    return detect(rows, {role: column for role, column in given.items() if role not in absent}, source.name)
 
 
 def _key(config: TrainConfig, template: Template, sources: list[Source]) -> str:
@@ -95,7 +100,7 @@ def _build(config: TrainConfig, template: Template, sources: list[Source], folde
     except OSError as error:
         raise DataError(f"the prepared data cannot be written to {folder.parent}: {error.strerror}.") from None
     encoder = Encoder(template, config)
-    builder = Builder(config, encoder, writer)
+    builder = Builder(config, encoder, writer, sources)
     try:
         total = sum(s.nbytes() for s in sources)
         before = 0
@@ -104,7 +109,7 @@ def _build(config: TrainConfig, template: Template, sources: list[Source], folde
                 if progress:
                     progress("Reading data", min(before + offset, total), total, "bytes")
             before += source.nbytes()
-        report = builder.finished(sources)
+        report = builder.finished()
         writer.finish({"report": report.to_json(), "candidates": builder.candidates.list()})
     except OSError as error:
         raise DataError(f"the data cannot be read, or its tokens not be written to {folder.parent}: {error}") from None
@@ -120,21 +125,27 @@ class Builder:
     config: TrainConfig
     encoder: Encoder
     writer: Writer
+    sources: list[Source]
     report: DataReport = field(default_factory=DataReport)
     problems: Problems = field(default_factory=Problems)
     lengths: Lengths = field(default_factory=Lengths)
     candidates: Candidates = field(default_factory=Candidates)
     _formats: list[str] = field(default_factory=list)
+    _layouts: list[Layout] = field(default_factory=list)  # of the sources read so far
 
     def read(self, source: Source, number: int) -> Iterator[int]:
         """Takes in a source; yields the byte reached, after each batch that was written."""
         for kind, reason in [*source.notes, *filter(None, [source.encoding and source.encoding.note])]:
             self.problems.add(source.name, 0, kind, reason, dropped=False)
-        layout, waiting = None, None
+        layout, refused, waiting = None, "", None
         for batch, reached in self._batches(source):
-            if layout is None:
-                layout = layout_of(source, self.config)
-                self._learn(layout, source)
+            if layout is None and not refused:
+                layout, refused = self._learned(source)
+            if refused:
+                for record in batch:
+                    self._drop(source, record.line, "no_layout", refused)
+                yield reached
+                continue
             started = self._started(batch, layout, source)
             if waiting:
                 self._take(waiting, source, number)
@@ -164,12 +175,21 @@ class Builder:
         if batch:
             yield batch, reached
 
-    def _learn(self, layout: Layout, source: Source) -> None:
+    def _learned(self, source: Source) -> tuple[Layout | None, str]:
+        """The source's layout; or None and why its rows are left out. Raises DataError for a file that the user named."""
+        try:
+            layout = layout_of(source, self.config, alone=len(self.sources) == 1)
+        except DataError as error:
+            if not source.found:
+                raise
+            return None, f"left out: {error}"
+        self._layouts.append(layout)
         self.report.columns[source.name] = layout.roles
         if layout.name not in self._formats:
             self._formats.append(layout.name)
         for doubt in layout.doubts:
             self.problems.add(source.name, 0, "ambiguous", doubt, dropped=False)
+        return layout, ""
 
     def _drop(self, source: Source, line: int, kind: str, reason: str) -> None:
         self.report.rows += 1
@@ -212,15 +232,16 @@ class Builder:
             report.trained_tokens += int(np.count_nonzero(example.trained))
         self.candidates.add(digest, sample)
 
-    def finished(self, sources: list[Source]) -> DataReport:
+    def finished(self) -> DataReport:
         """The report, complete. Raises DataError when no row is left."""
         report = self.report
+        self._require_columns()
         if not report.kept:
-            names = ", ".join(s.name for s in sources)
+            names = ", ".join(s.name for s in self.sources)
             worst = max(self.problems.list(), key=lambda p: (p.dropped, p.count), default=None)
             why = f"; most often: {worst.reason} (line {worst.line})" if worst and worst.dropped else ""
             raise DataError(f"{names} has no row that can be trained on: {report.rows} read, {report.dropped} dropped{why}.")
-        self._duplicates(sources)
+        self._duplicates()
         report.format = " + ".join(self._formats)
         report.examples = self.writer.examples
         report.problems = self.problems.list()
@@ -229,13 +250,21 @@ class Builder:
             report.suggested_max_seq_length = self.lengths.suggestion()
         return report
 
-    def _duplicates(self, sources: list[Source]) -> None:
+    def _require_columns(self) -> None:
+        """DataError where the user's mapping names a column that no file has; once all files were met."""
+        if not self._layouts or len(self._layouts) < len(self.sources):
+            return
+        for role, column in mapping(self.config.columns).items():
+            if all(missing({role: column}, layout.columns) for layout in self._layouts):
+                raise DataError(f"no file has a column {column!r} for {role}; look at their columns.")
+
+    def _duplicates(self) -> None:
         """Counts rows whose tokens equal an earlier row's."""
         for records in repeats(self.writer.chunks, self.writer.examples):
             self.report.duplicates += len(records)
             for number in np.unique(records["source"]):
                 lines = records["line"][records["source"] == number]
-                self.problems.repeated(sources[number].name, lines)
+                self.problems.repeated(self.sources[number].name, lines)
 
 
 def _characters(value: dict[str, Any]) -> int:

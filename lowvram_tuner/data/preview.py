@@ -17,17 +17,17 @@ import numpy as np
 from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.data.cache import INDEX
 from lowvram_tuner.data.examples import Encoded, Encoder
-from lowvram_tuner.data.formats import SAMPLE_ROWS, SHOWN, Layout, to_sample
+from lowvram_tuner.data.formats import SAMPLE_ROWS, SHOWN, Layout, columns_of, to_sample
 from lowvram_tuner.data.held_out import row_hash, split
 from lowvram_tuner.data.packing import Example
 from lowvram_tuner.data.prepare import Builder, layout_of
-from lowvram_tuner.data.readers import GOES_ON, Record
+from lowvram_tuner.data.readers import Record
 from lowvram_tuner.data.report import DataError, RowError, plain
 from lowvram_tuner.data.rows import RowIndex
 from lowvram_tuner.data.sources import resolve
 from lowvram_tuner.data.templates import Template
 
-SECONDS = 1.5  # how long opening reads
+SECONDS = 1.0  # how long opening reads
 TOKENS_SHOWN = 1500  # of one row
 RAW_SHOWN = 600  # characters of a row that cannot be used
 
@@ -68,7 +68,7 @@ class Preview:
         (examples kept aside, None unless complete), files (name, columns, roles, layout, of each).
         """
         writer = _Counted()
-        builder = Builder(self.config, self.encoder, writer)
+        builder = Builder(self.config, self.encoder, writer, self.sources)
         started, complete, error = time.monotonic(), True, None
         try:
             for number, source in enumerate(self.sources):
@@ -78,7 +78,7 @@ class Preview:
                         break
                 if not complete:
                     break
-            report = builder.finished(self.sources)
+            report = builder.finished()
         except DataError as failure:
             error, report = str(failure), builder.report
             report.problems = builder.problems.list()
@@ -97,16 +97,17 @@ class Preview:
         try:
             layout = self._layout(number)
         except DataError as error:
-            head = islice((r for r in source.records() if r.value is not None), SAMPLE_ROWS)
-            columns = [plain(str(c)) for r in head for c in r.value if c != GOES_ON]
-            return {"name": source.name, "columns": list(dict.fromkeys(columns)), "roles": {}, "layout": "", "error": str(error)}
+            head = list(islice((r.value for r in source.records() if r.value is not None), SAMPLE_ROWS))
+            columns, roles, shown, problem = columns_of(head), {}, "", str(error)
+        else:
+            columns, roles, shown, problem = layout.columns, layout.roles, SHOWN[layout.name], None
         return {
-            "name": source.name, "columns": [*map(plain, layout.columns)], "roles": layout.roles, "layout": SHOWN[layout.name], "error": None,
+            "name": source.name, "weight": source.weight, "columns": [*map(plain, columns)], "roles": roles, "layout": shown, "error": problem,
         }  # fmt: skip
 
     def _layout(self, number: int) -> Layout:
         if number not in self._layouts:
-            self._layouts[number] = layout_of(self.sources[number], self.config)
+            self._layouts[number] = layout_of(self.sources[number], self.config, alone=len(self.sources) == 1)
         return self._layouts[number]
 
     def rows(self, first: int, count: int) -> list[dict[str, Any]]:

@@ -1,8 +1,4 @@
-"""What a dataset's name means: files, folders of files, datasets of the Hugging Face hub, mixed with weights.
-
-"a.jsonl" · "folder" · "owner/name" · "owner/name@subset" · "a.jsonl:2, b.csv:0.5". A weight is how often a row is seen in
-one epoch: with 2 each row twice, with 0.5 half of the rows once.
-"""
+"""What is behind a dataset's name: files, folders of files, datasets of the Hugging Face hub, each as a `Source` of rows."""
 
 from __future__ import annotations
 
@@ -18,18 +14,12 @@ from typing import Any
 from lowvram_tuner.config import DEMO_DATASET
 from lowvram_tuner.data.jsonfile import has_lines, read_json
 from lowvram_tuner.data.lines import BLOCK, Encoding, encoding_of, read_lines
+from lowvram_tuner.data.names import ACCEPTED, KINDS, Part, split
 from lowvram_tuner.data.readers import Record, parquet_rows, read_dataset, read_parquet, read_text
 from lowvram_tuner.data.report import DataError, plain
 from lowvram_tuner.data.tables import read_table
 
 DEMO_FILE = Path(__file__).with_name("demo.jsonl")
-KINDS = {
-    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
-    ".txt": "text", ".text": "text", ".md": "text", ".markdown": "text",
-}  # fmt: skip
-ACCEPTED = ", ".join(KINDS)
-_WEIGHTED = re.compile(r"^(.+?):(\d+(?:\.\d+)?)$")
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?$")
 _EVALUATION = {"test", "tests", "validation", "valid", "val", "dev", "eval", "evaluation"}
 _NO_DATA = {"readme", "license", "licence", "notice", "changelog", "dataset_info", "dataset_infos", "dataset_dict", "state"}
 
@@ -44,6 +34,7 @@ class Source:
     path: Path | None = None
     dataset: Any = None  # datasets.Dataset
     notes: list[tuple[str, str]] = field(default_factory=list)  # (kind, reason)
+    found: bool = False  # in a folder, not named by the user: left out when its columns fit no layout
 
     @cached_property
     def encoding(self) -> Encoding | None:
@@ -67,7 +58,8 @@ class Source:
                 if row.data is None or row.data.removeprefix(BOM_UTF8).strip():
                     yield row.offset, row.number
         else:
-            for record in self.records(offset, line):
+            records = read_json(self.path, self.encoding, offset, line, unread=True) if self.kind == "json" else self.records(offset, line)
+            for record in records:
                 if record.value is not None or record.error:
                     yield record.offset, record.line
 
@@ -100,44 +92,43 @@ def resolve(spec: str) -> list[Source]:
     """The sources that a dataset's name means. Raises DataError for what does not exist or cannot be read."""
     if not spec.strip():
         raise DataError(f"no data is chosen; give a file ({ACCEPTED}), a folder, or a hub id like owner/name.")
-    whole = spec == DEMO_DATASET or _existing(spec)
     sources: list[Source] = []
-    for part in [spec] if whole else [p.strip() for p in spec.split(",") if p.strip()]:
-        weighted = None if _existing(part) else _WEIGHTED.match(part)
-        name, weight = (weighted[1], float(weighted[2])) if weighted else (part, 1.0)
-        if not 0 < weight <= 100:
-            raise DataError(f"the weight {weight:g} of {name!r} is outside 0 to 100; 1 takes every row once per epoch.")
-        for source in _sources(name):
-            source.weight = weight
+    for part in split(spec):
+        if not 0 < part.weight <= 100:
+            raise DataError(f"the weight {part.weight:g} of {part.name!r} is outside 0 to 100; 1 takes every row once per epoch.")
+        for source in _sources(part):
+            source.weight = part.weight
             sources.append(source)
     return sources
 
 
-def _existing(text: str) -> Path | None:
-    """The path of that name, None where there is none."""
-    try:
-        path = Path(text).expanduser()
-        return path if path.exists() else None
-    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL in it, an unknown home
-        return None
-
-
-def _sources(name: str) -> list[Source]:
-    path = _existing(name)
+def _sources(part: Part) -> list[Source]:
+    name, path = part.name, part.path
     if path is None and name == DEMO_DATASET:
         return [Source("demo", "json", path=DEMO_FILE)]
-    if path is None and _HUB_ID.match(name) and Path(name).suffix.lower() not in KINDS:
+    if part.may_be_on_hub:
         return [_from_hub(name)]
     if path is None:
         raise DataError(f"{plain(name, 100)!r} does not exist; give a file ({ACCEPTED}), a folder, or a hub id like owner/name.")
     if path.is_dir():
         return _folder(path)
-    kind = KINDS.get(path.suffix.lower())
-    if kind is None:
+    if path.suffix.lower() not in KINDS:
         raise DataError(f"{path.name} has the ending {path.suffix!r}; files that can be read end in {ACCEPTED}.")
     if path.stat().st_size == 0:
         raise DataError(f"{path.name} is empty.")
-    return [Source(path.name, kind, path=path)]
+    return [_file(path, path.name)]
+
+
+def _file(path: Path, name: str, found: bool = False) -> Source:
+    kind = KINDS[path.suffix.lower()]
+    if kind != "arrow":
+        return Source(name, kind, path=path, found=found)
+    import datasets
+
+    try:
+        return Source(name, "dataset", dataset=datasets.Dataset.from_file(str(path)), found=found)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise DataError(f"{name} cannot be read as Arrow ({str(error).splitlines()[0]}); is it whole?") from None
 
 
 def _folder(folder: Path) -> list[Source]:
@@ -155,7 +146,7 @@ def _folder(folder: Path) -> list[Source]:
     chosen = training or chosen
     if not chosen:
         raise DataError(f"the folder {folder} holds no file that ends in {ACCEPTED}.")
-    sources = [Source(p.relative_to(folder).as_posix(), KINDS[p.suffix.lower()], path=p) for p in chosen]
+    sources = [_file(p, p.relative_to(folder).as_posix(), found=len(chosen) > 1) for p in chosen]
     left = [p.relative_to(folder).as_posix() for p in files if p not in chosen]
     if left:
         shown = ", ".join(left[:3]) + (" and more" if len(left) > 3 else "")

@@ -15,20 +15,32 @@ from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.data.packing import Batches, collate
 from lowvram_tuner.train.step import to_batch
 
+LIMIT = 256  # held-out examples that a check looks at
 
-def held_out_loss(step: Any, examples: Sequence, config: TrainConfig, device: torch.device, limit: int = 256) -> float | None:
-    """Mean loss per trained token over the first `limit` held-out examples; None when there are none."""
-    count = min(limit, len(examples))
-    if count == 0:
-        return None
-    chosen = [examples[i] for i in range(count)]
-    total, targets = 0.0, 0
+
+def target_counts(examples: Sequence) -> np.ndarray:
+    """int64 [n]: the trained tokens of each example that `held_out_losses` looks at."""
+    return np.array([np.count_nonzero(example.trained[1:]) for example in _some(examples)], dtype=np.int64)
+
+
+def held_out_losses(step: Any, examples: Sequence, config: TrainConfig, device: torch.device) -> np.ndarray:
+    """float64 [n]: the loss of each example, summed over its trained tokens; of many, LIMIT spread evenly over all."""
+    chosen = _some(examples)
+    losses = np.zeros(len(chosen))
     for micro_batch in Batches(chosen, config.micro_batch_size, config.max_seq_length, 0, config.packing).epoch(0):
         flat = collate(chosen, micro_batch, config.max_seq_length)
         if flat.targets:
-            total += float(step.evaluate(to_batch(flat, device, config.max_seq_length)))
-            targets += flat.targets
-    return total / targets if targets else None
+            numbers = np.array([i for row in micro_batch for i in row])
+            found = step.evaluate(to_batch(flat, device, config.max_seq_length))[: flat.targets].double().cpu().numpy()
+            owner = np.searchsorted(flat.cu_seqlens, np.flatnonzero(flat.labels >= 0), side="right") - 1
+            losses[numbers] = np.bincount(owner, found, len(numbers))
+    return losses
+
+
+def _some(examples: Sequence) -> list:
+    """Up to LIMIT examples, spread so that each file of a mix has its share."""
+    count = min(LIMIT, len(examples))
+    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def perplexity(config: TrainConfig, adapter: str | None, text: Path) -> dict[str, float]:
@@ -55,6 +67,6 @@ def perplexity(config: TrainConfig, adapter: str | None, text: Path) -> dict[str
         labels = np.append(window[1:], -100)
         edges = np.array([0, len(window)], np.int32)
         flat = SimpleNamespace(input_ids=window, labels=labels, position_ids=np.arange(len(window)), cu_seqlens=edges)
-        total += float(step.evaluate(to_batch(flat, device, config.max_seq_length)))
+        total += float(step.evaluate(to_batch(flat, device, config.max_seq_length)).sum())
         tokens += len(window) - 1
     return {"perplexity": math.exp(min(total / tokens, 700)), "tokens": tokens}

@@ -10,7 +10,7 @@ import torch
 
 from lowvram_tuner.lora.adapter import Adapter
 from lowvram_tuner.models.load import Loaded
-from lowvram_tuner.train.loss import Head, head_loss
+from lowvram_tuner.train.loss import Head, head_loss, head_losses
 from lowvram_tuner.train.step import Batch
 
 
@@ -35,9 +35,9 @@ class TransformersStep:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
-        """The sum of losses of a micro-batch."""
+        """The loss of each of the batch's `targets`, fp32 [M], zero where one only fills up."""
         self.loaded.model.eval()
-        return head_loss(self._rows(batch, False) * self.logit_scale, batch.labels, self.head, with_gradient=False)[0]
+        return head_losses(self._rows(batch, False) * self.logit_scale, batch.labels, self.head)
 
     def _rows(self, batch: Batch, requires_grad: bool) -> torch.Tensor:
         """Final hidden states [M, H] of the trained positions. Restarting positions tell transformers where examples end."""

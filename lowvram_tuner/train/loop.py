@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,35 +18,18 @@ from transformers import set_seed
 from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.data.packing import Batches, collate
 from lowvram_tuner.data.prepare import Prepared, prepare
-from lowvram_tuner.data.verdict import judge
 from lowvram_tuner.lora.adapter import save_adapter
 from lowvram_tuner.memory.plan import GB
 from lowvram_tuner.models.source import load_tokenizer
 from lowvram_tuner.train import checkpoints
-from lowvram_tuner.train.evaluate import held_out_loss
+from lowvram_tuner.train.answers import Questions
+from lowvram_tuner.train.evaluate import held_out_losses, target_counts
 from lowvram_tuner.train.events import Reporter
 from lowvram_tuner.train.optimizer import learning_rate
+from lowvram_tuner.train.progress import Progress
 from lowvram_tuner.train.run_dir import RunDir
-from lowvram_tuner.train.session import Session, build, make_plan, memory_now, rebuild_leaner
+from lowvram_tuner.train.session import Session, build, free_memory, make_plan, memory_now, rebuild_leaner
 from lowvram_tuner.train.step import Batch, to_batch
-
-ANSWER_TOKENS = 64
-
-
-@dataclass
-class Progress:
-    """Where a run stands, and what a checkpoint must bring back."""
-
-    step: int = 0  # optimizer steps done
-    epoch: int = 0
-    position: int = 0  # micro-batches of the epoch done
-    tokens: int = 0  # trained tokens seen
-    best_loss: float | None = None
-    since_best: int = 0
-    history: list[tuple[int, float]] = None  # held-out losses by step
-
-    def __post_init__(self) -> None:
-        self.history = [tuple(h) for h in self.history or []]
 
 
 def run_training(config: TrainConfig, run: RunDir, reporter: Reporter, resume: bool = False) -> dict[str, Any]:
@@ -65,7 +47,7 @@ class _Run:
     """The state of one `run_training` call."""
 
     def __init__(self, config: TrainConfig, run: RunDir, reporter: Reporter, tokenizer: Any, prepared: Prepared, session: Session) -> None:
-        self.config, self.run, self.reporter, self.tokenizer, self.prepared = config, run, reporter, tokenizer, prepared
+        self.config, self.run, self.reporter, self.prepared = config, run, reporter, prepared
         self.session, self.progress, self.loss, self.started = session, Progress(), None, time.monotonic()
         self.batches = Batches(
             prepared.train, config.micro_batch_size, config.max_seq_length, config.seed, config.packing
@@ -74,7 +56,11 @@ class _Run:
         self.total = config.max_steps or max(1, math.ceil(config.num_epochs * self.steps_per_epoch))
         tenth = max(1, self.total // 10)
         self.eval_every, self.save_every = config.eval_steps or tenth, config.save_steps or tenth
-        self.answers: dict[str, str] = {}
+        self.held_out_tokens = target_counts(prepared.held_out)
+        self.questions = Questions(prepared.prompts, tokenizer)
+        self.answers: dict[int, list[dict[str, str]]] = {}  # by step
+        self.saved: int | None = None  # the step whose state the newest checkpoint holds
+        self.kept = 0  # the step whose adapter the run keeps
 
     def train(self, resume: bool) -> dict[str, Any]:
         self.reporter.planned(self.total, self.session.plan.process_bytes)
@@ -164,45 +150,47 @@ class _Run:
         )  # fmt: skip
 
     def _checks(self) -> bool:
-        """Held-out check and checkpoint when they are due. Returns True when patience has run out."""
+        """Held-out check, checkpoint and answers when they are due. Returns True when patience has run out."""
         p = self.progress
-        if p.step % self.eval_every == 0 or p.step == self.total:
-            self._evaluate()
-        if p.step % self.save_every == 0 and p.step < self.total:
-            self._save()
+        due = p.step % self.eval_every == 0 or p.step == self.total
+        best = due and self._evaluate()
+        if best or p.step % self.save_every == 0 or p.step == self.total:
+            self._save(best)
+            self._ask()
         if self.config.patience and p.since_best >= self.config.patience:
             self.reporter.note(f"Stopped at step {p.step}: no improvement in {p.since_best} checks.")
             return True
         return False
 
-    def _evaluate(self) -> None:
-        p, config = self.progress, self.config
-        loss = held_out_loss(_inner(self.session.step), self.prepared.held_out, config, self.session.device)
-        if loss is None:
-            return
-        p.history.append((p.step, loss))
-        self.reporter.evaluated(p.step, loss)
-        if p.best_loss is None or loss < p.best_loss:
-            p.best_loss, p.since_best = loss, 0
-            if p.step:
-                self._save(best=loss)
-        else:
-            p.since_best += 1
+    def _evaluate(self) -> bool:
+        """The held-out check of this step. True where the adapter is the best so far."""
+        p = self.progress
+        if not self.held_out_tokens.sum():
+            return False
+        held_out, device = self.prepared.held_out, self.session.device
+        losses = held_out_losses(_inner(self.session.step), held_out, self.config, device)
+        best = p.checked(losses, self.held_out_tokens)
+        self.saved = None  # the newest checkpoint does not know of this check
+        self.reporter.evaluated(p.step, p.history[-1][1])
+        return best
 
-    def _save(self, best: float | None = None, final: bool = False) -> None:
+    def _save(self, best: bool = False, final: bool = False) -> None:
         """Writes a checkpoint, and at the end the adapter: the best one when held-out losses tell."""
         p = self.progress
         self.reporter.status("saving", f"Saving step {p.step}.")
-        tensors, numbers = self.session.state()
-        meta = {
-            "progress": vars(p), "optimizer": numbers, "random": checkpoints.random_state(tensors),
-            "config": self.config.to_dict(), "fingerprint": self.prepared.fingerprint,
-        }  # fmt: skip
-        path = checkpoints.save(self.run.checkpoints / f"step-{p.step}", tensors, meta)
-        if best is not None:
-            checkpoints.mark_best(path, best)
+        path = self.run.checkpoints / f"step-{p.step}"
+        if self.saved != p.step:
+            tensors, numbers = self.session.state()
+            meta = {
+                "progress": vars(p), "optimizer": numbers, "random": checkpoints.random_state(tensors),
+                "config": self.config.to_dict(), "fingerprint": self.prepared.fingerprint,
+            }  # fmt: skip
+            checkpoints.save(path, tensors, meta)
+            self.saved = p.step
+            self.reporter.checkpointed(p.step, path)
+        if best:
+            checkpoints.mark_best(path, p.best_loss)
         checkpoints.prune(self.run.checkpoints, self.config.keep_checkpoints)
-        self.reporter.checkpointed(p.step, path)
         if final:
             self._save_adapter()
         else:
@@ -212,9 +200,11 @@ class _Run:
         """The run's adapter folder; a worse last state gives way to the best checkpoint."""
         champion = checkpoints.best(self.run.checkpoints)
         last = self.progress.history[-1][1] if self.progress.history else None
-        if champion and last is not None and champion[1] < last:
+        self.kept = self.progress.step
+        if champion and last is not None and not champion[1] >= last:  # a last loss that is no number loses too
             tensors, meta = checkpoints.load(champion[0])
             self.session.restore(tensors, meta["optimizer"])
+            self.kept = meta["progress"]["step"]
             self.reporter.note(f"The adapter is that of {champion[0].name}, where the held-out loss was lowest.")
         save_adapter(self.session.adapter, self.run.adapter, self.session.loaded.source.public_id)
 
@@ -228,6 +218,7 @@ class _Run:
         self.session.restore(tensors, meta["optimizer"])
         checkpoints.set_random_state(meta["random"], tensors)
         self.progress = Progress(**meta["progress"])
+        self.saved = self.progress.step
 
     def _check_fit(self) -> None:
         """One worst-case micro-batch, forward and backward, before the real run; its gradients are thrown away."""
@@ -266,20 +257,33 @@ class _Run:
         self.reporter.planned(self.total, self.session.plan.process_bytes)
         self.reporter.status("training", "Training.")
 
-    def _prove(self) -> None:
-        """The same prompts answered by base and adapter, and what the held-out losses say."""
-        from lowvram_tuner.chat.session import ChatSession
+    def _ask(self) -> None:
+        """The questions answered by the adapter as it is; without the memory for it the run goes on without these answers."""
+        try:
+            self._answer(self.progress.step)
+        except torch.OutOfMemoryError:
+            self.reporter.note(f"The questions were not asked at step {self.progress.step}: the card has no room for the answers.")
 
-        self.reporter.status("checking", "Asking the base and the adapter the same questions.")
-        self.session.adapter.model.eval()
-        chat = ChatSession(self.session.adapter.model, self.tokenizer)
-        rows = []
-        for messages in self.prepared.prompts:
-            answers = {a: chat.answer(messages, adapter=a, temperature=0.0, max_new_tokens=ANSWER_TOKENS) for a in (False, True)}
-            rows.append({"prompt": messages[-1]["content"], "base": answers[False], "adapter": answers[True]})
-        self.reporter.compared(self.progress.step, rows)
-        kind, text = judge(self.progress.history, [r["base"] == r["adapter"] for r in rows])
-        self.reporter.verdict(kind, text)
+    def _answer(self, step: int) -> None:
+        """Asks base and adapter the same questions. step: whose adapter it is."""
+        config, loaded = self.config, self.session.loaded
+        try:
+            rows = self.questions.ask(self.session.adapter.model, config.micro_batch_size * config.max_seq_length)
+        finally:
+            if loaded.ring is not None:
+                loaded.ring.reset()  # transformers' forward leaves layers in the slots that a replayed graph does not know of
+            if self.session.device.type == "cuda":
+                free_memory()
+        self.answers[step] = rows
+        self.reporter.compared(step, rows)
+
+    def _prove(self) -> None:
+        """The same questions answered by the base and by the adapter that is kept, and what the held-out losses say."""
+        if next(reversed(self.answers), None) != self.kept:
+            self.reporter.status("checking", "Asking the base and the adapter the same questions.")
+            self._answer(self.kept)
+        same = [row["base"] == row["adapter"] for row in self.answers[self.kept]]
+        self.reporter.verdict(*self.progress.verdict(self.held_out_tokens, same, self.steps_per_epoch))
 
     def _result(self, status: str) -> dict[str, Any]:
         state = self.reporter.state()

@@ -34,30 +34,37 @@ class Head:
             yield start, base.format.dequantize(base.packed, self.scratch.tile(stop - start, cols, dtype), start)
 
 
-def head_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Head, with_gradient: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+def head_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the losses (fp32 scalar) and its gradient by `hidden`.
 
     hidden: [M, H] after the final norm; labels: int64 [M], negative where a row only fills up. The gradient is [M, H] in
     hidden's dtype, zero in such rows.
     """
     state = RunningSoftmax(labels, head.cap)
-    total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if with_gradient else None
-    picked = torch.zeros_like(hidden) if with_gradient else None
+    total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    picked = torch.zeros_like(hidden)
     for start, w in head.tiles(hidden.dtype):
-        for begin in range(0, hidden.shape[0], LOSS_ROWS):
-            rows = slice(begin, begin + LOSS_ROWS)
+        for rows in _row_tiles(hidden):
             weights = hidden[rows] @ w.t()  # [m, v] logits, then their exponentials
             rescale = state.add(weights, start, rows)
-            if with_gradient:
-                total[rows].mul_(rescale).add_(weights @ w)
-        if with_gradient:
-            _pick(picked, labels, w, start)
-    losses = state.losses()
-    if not with_gradient:
-        return losses.sum(), None
+            total[rows].mul_(rescale).add_(weights @ w)
+        _pick(picked, labels, w, start)
     counted = (labels >= 0)[:, None]
     gradient = total.div_(state.total[:, None]).sub_(picked.float() * state.slope[:, None]).mul_(counted)
-    return losses.sum(), gradient.to(hidden.dtype)
+    return state.losses().sum(), gradient.to(hidden.dtype)
+
+
+def head_losses(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
+    """The loss of each row, fp32 [M], zero in rows that only fill up; arguments as for `head_loss`."""
+    state = RunningSoftmax(labels, head.cap)
+    for start, w in head.tiles(hidden.dtype):
+        for rows in _row_tiles(hidden):
+            state.add(hidden[rows] @ w.t(), start, rows)
+    return state.losses()
+
+
+def _row_tiles(hidden: torch.Tensor) -> list[slice]:
+    return [slice(begin, begin + LOSS_ROWS) for begin in range(0, hidden.shape[0], LOSS_ROWS)]
 
 
 def _pick(picked: torch.Tensor, labels: torch.Tensor, w: torch.Tensor, start: int) -> None:

@@ -1,6 +1,7 @@
 """A run as a folder: what the page, the command line and the worker know of each other.
 
     config.json     the run's options               written once, when the run is made
+    command.txt     the command that repeats it     with config.json
     state.json      where the run stands            written by the worker (by the supervisor when the worker died)
     events.jsonl    what happened, one line each    appended by the worker
     metrics.jsonl   one line per step and per check appended by the worker; steps that a resume repeats are replaced
@@ -17,12 +18,15 @@ import json
 import secrets
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowvram_tuner.config import ConfigError, TrainConfig
+from lowvram_tuner.config import DEMO_MODEL, ConfigError, TrainConfig
+from lowvram_tuner.data.names import joined, split
 from lowvram_tuner.train.files import patiently, read_json, write_json, write_text
 from lowvram_tuner.train.lock import holder
+from lowvram_tuner.train.repeat import command_line
 
 ACTIVE = ("preparing", "checking", "training", "saving")
 FINAL = ("stopped", "finished", "failed")
@@ -65,7 +69,7 @@ class RunDir:
         run = cls(Path(root) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
         try:
             run.checkpoints.mkdir(parents=True)
-            write_json(run.path / "config.json", anchored(config).to_dict())
+            run.set_config(config)
             run.write_state({**EMPTY_STATE, "message": "Starting.", "started": time.time(), "updated": time.time()})
         except OSError as error:
             raise ConfigError(f"output_dir={str(root)!r} cannot be written ({error.strerror}); choose another folder.") from None
@@ -79,8 +83,10 @@ class RunDir:
         return TrainConfig.from_dict(values)
 
     def set_config(self, config: TrainConfig) -> None:
-        """Replaces the options, for a resume with some of them changed."""
-        write_json(self.path / "config.json", anchored(config).to_dict())
+        """Writes the options; again for a resume with some of them changed."""
+        config = anchored(config)
+        write_json(self.path / "config.json", config.to_dict())
+        write_text(self.path / "command.txt", command_line(config) + "\n")
 
     def state(self) -> dict[str, Any]:
         """Where the run stands: every key of `EMPTY_STATE`, and its `name`."""
@@ -202,9 +208,7 @@ def read_lines(path: Path, after: int, limit: int | None) -> tuple[list[dict[str
 
 def anchored(config: TrainConfig) -> TrainConfig:
     """`config` with existing local paths made absolute, so that the run can be resumed from any folder."""
-    values = config.to_dict()
-    for key in ("model", "dataset"):
-        path = Path(values[key]).expanduser()
-        if values[key] != "demo" and path.exists():
-            values[key] = str(path.resolve())
-    return TrainConfig.from_dict(values)
+    model = config.model
+    if model != DEMO_MODEL and Path(model).expanduser().exists():
+        model = str(Path(model).expanduser().resolve())
+    return replace(config, model=model, dataset=joined(split(config.dataset)) or config.dataset)

@@ -17,7 +17,7 @@ from lowvram_tuner.lora.adapter import Adapter
 from lowvram_tuner.memory.plan import Plan
 from lowvram_tuner.models.load import Loaded
 from lowvram_tuner.train.fused_layer import ALL, ATTENTION, INPUT, FusedLayer, Kept, Sequences
-from lowvram_tuner.train.loss import Head, head_loss
+from lowvram_tuner.train.loss import Head, head_loss, head_losses
 
 
 @dataclass
@@ -147,11 +147,11 @@ class FusedStep:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
-        """The sum of losses of a micro-batch, fp32 scalar; nothing is kept."""
+        """The loss of each of the batch's `targets`, fp32 [M], zero where one only fills up; nothing is kept."""
         x = self.hidden(batch)
         rows = torch.index_select(x, 0, batch.targets)
         h, _ = rms_norm(rows, self.final_norm.weight, self.final_norm.variance_epsilon)
-        return head_loss(h, batch.labels, self.head, with_gradient=False)[0]
+        return head_losses(h, batch.labels, self.head)
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> torch.Tensor:

@@ -83,11 +83,12 @@ def _train(run: RunDir, reporter: Reporter, resume: bool, training: Training | N
     config = run.config()
     if training is None:
         from lowvram_tuner.train.loop import run_training as training
-    if config.report_to:
-        from lowvram_tuner.train.trackers import attach_trackers
+    if not config.report_to:
+        return training(config, run, reporter, resume)
+    from lowvram_tuner.train.trackers import trackers
 
-        attach_trackers(reporter, config)
-    return training(config, run, reporter, resume)
+    with trackers(reporter, config):
+        return training(config, run, reporter, resume)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from lowvram_tuner.config import DEMO_MODEL, ConfigError, TrainConfig, options
+from lowvram_tuner.data.names import column_items
 from lowvram_tuner.models.catalogue import catalogue
 from lowvram_tuner.quant.registry import methods
 from lowvram_tuner.ui.words import short_model
@@ -72,7 +73,7 @@ def control(name: str) -> gr.components.Component:
     if kind in ("int", "float"):
         return gr.Number(value=value, minimum=meta["min"], maximum=meta["max"], step=_step(kind, f.default), **common)
     if name == "dataset":
-        return gr.Textbox(value=value, placeholder="a path, a hub id, or drop a file here", **common)
+        return gr.Textbox(value=value, placeholder="a path, a hub id, or drop files here; mixed: a.jsonl:2, b.csv", **common)
     return gr.Textbox(value=value, lines=2 if name == "compare_prompts" else 1, max_lines=6, **common)
 
 
@@ -107,6 +108,8 @@ def to_config(values: dict[str, Any], **fixed: Any) -> TrainConfig:
         label = fields[name].metadata["label"]
         if name == "compare_prompts":
             value = [line for line in str(value or "").splitlines() if line.strip()]
+        elif name == "columns":
+            value = column_items([str(value or "")])
         elif name in ("model", "dataset"):
             value = str(value or "").strip()
             if not value:

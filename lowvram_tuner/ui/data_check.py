@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_tuner.config import TrainConfig
+from lowvram_tuner.data.names import split
 
 SETTLED_S = 0.8
 REMEMBERED = 8
@@ -34,13 +35,15 @@ class DataCheck:
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: dict[str, dict[str, Any]] = {}
 
-    def ask(self, config: TrainConfig, first: int, count: int) -> dict[str, Any] | None:
-        """The answer for these settings from row `first` on; None while it is not known yet."""
+    def ask(self, config: TrainConfig, first: int, count: int, known_only: bool = False) -> dict[str, Any] | None:
+        """The answer for these settings from row `first` on; None while it is not known yet. known_only: nothing is read for it."""
         values = {k: v for k, v in config.to_dict().items() if k in _MATTER}
         key = json.dumps([values, _stamp(config.dataset), first, count], sort_keys=True)
         with self._lock:
             if key in self._answers:
                 return self._answers[key]
+            if known_only:
+                return None
             now = time.monotonic()
             if key != self._wanted:
                 self._wanted, self._since = key, now
@@ -105,9 +108,13 @@ def _say(process: subprocess.Popen[bytes], question: bytes) -> bytes:
 
 
 def _stamp(dataset: str) -> list[float]:
-    """Size and time of a local file, so that a changed one is read again."""
-    try:
-        stat = Path(dataset).expanduser().stat()
-    except (OSError, ValueError, RuntimeError):
-        return []
-    return [stat.st_size, stat.st_mtime]
+    """Size and time of local files, so that a changed one is read again."""
+    found: list[float] = []
+    for part in split(dataset):
+        if part.path:
+            try:
+                stat = part.path.stat()
+            except OSError:
+                continue
+            found += [stat.st_size, stat.st_mtime]
+    return found

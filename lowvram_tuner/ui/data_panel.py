@@ -1,4 +1,4 @@
-"""The data panel: which rows are looked at, and the sequence length that the data suggests."""
+"""The Data tab: what is in the data, which column holds what, and any row as the tokens that are trained on."""
 
 from __future__ import annotations
 
@@ -7,48 +7,90 @@ from typing import Any
 import gradio as gr
 
 from lowvram_tuner.config import ConfigError
+from lowvram_tuner.data.names import KINDS, ROLES, UNUSED, column_items
 from lowvram_tuner.ui.controls import to_config
 from lowvram_tuner.ui.data_check import DataCheck
-from lowvram_tuner.ui.data_view import preview_html, report_of, suggested_length, words_html
+from lowvram_tuner.ui.data_view import facts_html, report_of, rows_html, suggested_length, words_html
 from lowvram_tuner.ui.desk import Desk
 from lowvram_tuner.ui.train_view import length_cost, missing_data
 
-ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".text", ".md", ".markdown")
+ENDINGS = tuple(KINDS)
 ROWS = 8
+AUTOMATIC = ""
+Choices = tuple[tuple[str, str], ...]
 
 
 class DataPanel:
-    """Built inside the caller's accordion; `look` says what it shows for given control values."""
+    """Built inside the caller's tab; `look` says what it shows for given control values."""
 
     def __init__(self, desk: Desk, check: DataCheck | None = None) -> None:
         self.desk = desk
         self.check = check or DataCheck()
 
     def build(self) -> None:
-        with gr.Row(elem_id="data-steps", equal_height=True):
-            self.first = gr.Number(1, label="From row", minimum=1, step=ROWS, elem_id="data-first", scale=0, min_width=140, interactive=True)
-            self.use_length = gr.Button("", size="sm", elem_id="data-length", visible=False, scale=0, min_width=260)
-        self.panel = gr.HTML("", elem_id="data-preview")
+        with gr.Row(elem_id="data", equal_height=False):
+            with gr.Column(scale=0, min_width=400, elem_id="data-left"):
+                with gr.Column(elem_classes="card"):
+                    self.facts = gr.HTML("", elem_id="data-facts")
+                    self.use_length = gr.Button("", size="sm", elem_id="data-length", visible=False)
+                with gr.Column(elem_classes="card", elem_id="data-columns"):
+                    gr.HTML('<h3 class="group">What the columns hold</h3>')
+                    self.roles = {
+                        role: gr.Dropdown([("automatic", AUTOMATIC)], value=AUTOMATIC, label=label, filterable=False, elem_id=f"role-{role}", min_width=150)
+                        for role, label in ROLES.items()
+                    }
+            with gr.Column(scale=1, min_width=480, elem_id="data-right", elem_classes="card"):
+                self.first = gr.Number(1, label="Rows from number", minimum=1, step=ROWS, elem_id="data-first", interactive=True)
+                self.rows = gr.HTML("", elem_id="data-preview")
 
     def look(self, values: dict[str, Any], first: Any, busy: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """(what to show by part, the report for Start and the estimate). `busy`: a run needs the machine, read nothing now."""
+        """(what to show by part, the report for Start and the estimate). `busy`: a run needs the machine, nothing new is read."""
         dataset = str(values.get("dataset") or "").strip()
         missing = missing_data(dataset) if dataset else "Choose a dataset."
-        answer = None if missing or busy else self._answer(values, first)
-        current = values.get("max_seq_length")
-        length = suggested_length(answer, current)
+        answer = None if missing else self._answer(values, first, busy)
+        length = suggested_length(answer, values.get("max_seq_length"))
         label = f"Use {length:,} tokens, which suit this data{length_cost(self.desk, values, length)}" if length else ""
-        said = {"data_words": words_html(dataset, missing, answer), "data_panel": preview_html(answer), "use_length": label}
+        said = {
+            "data_words": words_html(dataset, missing, answer, busy),
+            "data_facts": facts_html(answer, values.get("max_seq_length"), missing, busy),
+            "data_rows": rows_html(answer),
+            "use_length": label,
+            "roles": (busy, *(_role_choices(role, values.get("columns"), answer) for role in ROLES)),
+        }
         return said, report_of(answer)
 
-    def _answer(self, values: dict[str, Any], first: Any) -> dict[str, Any] | None:
+    def role_updates(self, said: tuple[Any, ...]) -> dict[Any, Any]:
+        """Updates of the dropdowns from the part "roles" of `look`."""
+        busy, *roles = said
+        return {
+            self.roles[role]: gr.update(value=value, choices=list(choices), interactive=not busy)
+            for role, (value, choices) in zip(ROLES, roles, strict=True)
+        }
+
+    def mapped(self, *columns: str) -> str:
+        """The option "columns" that the dropdowns say."""
+        return ", ".join(f"{role}={column}" for role, column in zip(ROLES, columns, strict=True) if column)
+
+    def suggested(self, values: dict[str, Any], first: Any) -> int:
+        """The length that the button offers."""
+        return suggested_length(self._answer(values, first, busy=False), values.get("max_seq_length"))
+
+    def _answer(self, values: dict[str, Any], first: Any, busy: bool) -> dict[str, Any] | None:
         try:
             config = to_config(values)
             start = max(1, int(first or 1))
         except (ConfigError, ValueError, OverflowError):
             return None
-        return self.check.ask(config, start, ROWS)
+        return self.check.ask(config, start, ROWS, known_only=busy)
 
-    def suggested(self, values: dict[str, Any], first: Any) -> int:
-        """The length that the button offers."""
-        return suggested_length(self._answer(values, first), values.get("max_seq_length"))
+
+def _role_choices(role: str, columns: Any, answer: dict[str, Any] | None) -> tuple[str, Choices]:
+    """(chosen, choices) of one role: found automatically, not used, or one of the columns."""
+    chosen = dict(tuple(part.strip() for part in item.partition("=")[::2]) for item in column_items([str(columns or "")])).get(role, AUTOMATIC)
+    files = (answer or {}).get("files") or []
+    found = list(dict.fromkeys(f["roles"][role] for f in files if role in f["roles"])) if not chosen else []
+    names = dict.fromkeys(c for f in files for c in f["columns"])
+    if chosen not in (AUTOMATIC, UNUSED):
+        names.setdefault(chosen)
+    automatic = f"automatic: {', '.join(found)}" if found else "automatic"
+    return chosen, ((automatic, AUTOMATIC), ("not used", UNUSED), *((name, name) for name in names))

@@ -9,42 +9,50 @@ from html import escape
 from typing import Any
 
 from lowvram_tuner.config import DEMO_DATASET
+from lowvram_tuner.data.names import ROLES
 from lowvram_tuner.ui.words import count
 
 Answer = dict[str, Any]
 _PROBLEMS_SHOWN = 40
 
 
-def words_html(dataset: str, missing: str, answer: Answer | None) -> str:
+def words_html(dataset: str, missing: str, answer: Answer | None, busy: bool = False) -> str:
     """The line under the control: "312 rows · chat · 41,200 tokens"."""
     if missing:
         return f'<p class="quiet warn">{escape(missing)}</p>'
     if answer is None:
-        waiting = "The demo's own data: a character with a story." if dataset == DEMO_DATASET else "Reading the data …"
+        demo = "The demo's own data: a character with a story."
+        waiting = demo if dataset == DEMO_DATASET else "" if busy else "Reading the data …"
         return f'<p class="quiet">{waiting}</p>'
     if answer.get("error"):
         return f'<p class="quiet warn">{escape(answer["error"])}</p>'
     report, more = answer["report"], "" if answer["complete"] else "at least "
     parts = [f"{more}{count(report['kept'], 'row')}", report["format"], f"{more}{count(report['tokens'], 'token')}"]
-    parts += [f"{count(report[k], 'row')} {k}" for k in ("dropped", "truncated") if report.get(k)]
+    parts += [f"{count(report[k], 'row')} {word}" for k, word in (("dropped", "dropped"), ("truncated", "cut"), ("split", "split")) if report.get(k)]
     return f'<p class="quiet{" warn" if report.get("dropped") else ""}">{escape(" · ".join(p for p in parts if p))}</p>'
 
 
-def preview_html(answer: Answer | None) -> str:
-    """Counts, files, lengths, problems by line, and rows as tokens."""
+def facts_html(answer: Answer | None, limit: Any = None, missing: str = "", busy: bool = False) -> str:
+    """Counts, files, lengths and problems by line. limit: the sequence length, marked among the lengths."""
     if answer is None:
-        return '<p class="quiet">The rows appear here once the data has been read.</p>'
+        text = missing or ("A run is in progress; the data is looked at again afterwards." if busy else "Reading the data …")
+        return f'<p class="quiet{" warn" if missing else ""}">{escape(text)}</p>'
     failed = f'<p class="quiet warn">{escape(answer["error"])}</p>' if answer.get("error") else ""
     if "report" not in answer:
         return failed
     report = answer["report"]
+    return f"{failed}{_facts(answer)}{_files(answer['files'])}{_lengths(report, limit)}{_problems(report['problems'])}"
+
+
+def rows_html(answer: Answer | None) -> str:
+    """Rows as tokens, with a key to the colours."""
+    if answer is None or not answer.get("rows"):
+        return '<p class="quiet">The rows appear here once the data has been read; a number beyond the last row shows none.</p>'
     key = (
         '<p class="quiet token-key"><span class="t on">learned</span> <span class="t">read only</span> '
         '<span class="t sp">special token</span></p>'
     )
-    rows = "".join(_row(r) for r in answer["rows"])
-    body = f'{key}<ol class="examples">{rows}</ol>' if rows else ""
-    return f"{failed}{_facts(answer)}{_files(answer['files'])}{_problems(report['problems'])}{_lengths(report)}{body}"
+    return f'{key}<ol class="examples">{"".join(_row(r) for r in answer["rows"])}</ol>'
 
 
 def report_of(answer: Answer | None) -> Answer | None:
@@ -57,20 +65,22 @@ def report_of(answer: Answer | None) -> Answer | None:
 
 
 def suggested_length(answer: Answer | None, current: Any) -> int:
-    """The sequence length that the data asks for; 0 when it is the present one or not known."""
+    """The sequence length that the rows read so far ask for; 0 when it is the present one or not known."""
     length = ((answer or {}).get("report") or {}).get("suggested_max_seq_length") or 0
-    return length if length and length != current and answer["complete"] else 0
+    return length if length and length != current else 0
 
 
 def _facts(answer: Answer) -> str:
+    """What became of the rows, as a list of figures."""
     report = answer["report"]
-    read = f"{count(report['rows'], 'row')} read" + ("" if answer["complete"] else " so far, the file goes on")
-    parts = [f"{read}: {report['kept']:,} kept, {report['dropped']:,} dropped, {report['truncated']:,} cut"]
-    parts += [f"{count(report['duplicates'], 'duplicate')} kept"] if report.get("duplicates") else []
-    parts += [f"{report['trained_tokens']:,} of {count(report['tokens'], 'token')} are learned"]
+    items = [("rows read", f"{report['rows']:,}" + ("" if answer["complete"] else " so far, there are more"))]
+    items += [("kept", f"{report['kept']:,}"), ("dropped", f"{report['dropped']:,}")]
+    items += [("cut to the length", f"{report['truncated']:,}"), ("split into several", f"{report.get('split', 0):,}")]
+    items += [("duplicates, kept", f"{report.get('duplicates', 0):,}")]
+    items += [("tokens", f"{report['tokens']:,}"), ("of them learned", f"{report['trained_tokens']:,}")]
     if answer.get("held_out") is not None:
-        parts += [f"{count(answer['held_out'], 'example')} held out to measure with"]
-    return f"<p>{escape('; '.join(parts))}.</p>"
+        items += [("held out to measure", count(answer["held_out"], "example"))]
+    return f'<dl class="facts">{"".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in items)}</dl>'
 
 
 def _files(files: list[Answer]) -> str:
@@ -79,11 +89,11 @@ def _files(files: list[Answer]) -> str:
         if f.get("error"):
             items.append(f'<li class="warn"><b>{escape(f["name"])}</b>: {escape(f["error"])}</li>')
             continue
-        roles = ", ".join(f"{role} from “{column}”" for role, column in f["roles"].items())
-        text = f"{f['layout']}" + (f"; {roles}" if roles else "")
+        roles = ", ".join(f"{ROLES.get(role, role).lower()} from “{column}”" for role, column in f["roles"].items())
+        weight = f.get("weight", 1)
+        text = f"{f['layout']}" + (f"; {roles}" if roles else "") + (f"; {weight:g} times an epoch" if weight != 1 else "")
         items.append(f"<li><b>{escape(f['name'])}</b>: {escape(text)}</li>")
-    hint = '<p class="quiet">Wrong column? Name it under More, Columns, as role=column.</p>' if files else ""
-    return f'<ul class="notes">{"".join(items)}</ul>{hint}'
+    return f'<ul class="notes">{"".join(items)}</ul>'
 
 
 def _row(row: Answer) -> str:
@@ -124,17 +134,22 @@ def _problem(problem: Answer) -> str:
     return f"{where}: {problem['reason']}{often}{fate}".lstrip(": ")
 
 
-def _lengths(report: Answer) -> str:
+def _lengths(report: Answer, limit: Any) -> str:
+    """The histogram; bars beyond the sequence length `limit` stand out."""
     bins = report.get("histogram") or {}
     counts, edges = bins.get("counts") or [], bins.get("edges") or []
     if not any(counts):
         return ""
-    most = max(counts)
+    most, limit = max(counts), limit if isinstance(limit, (int, float)) else float("inf")
     bars = "".join(
-        f'<i style="height:{100 * n / most:.0f}%" title="{edges[i]:,} to {edges[i + 1]:,} tokens: {count(n, "row")}"></i>' for i, n in enumerate(counts)
+        f'<i{" class=over" if edges[i] >= limit else ""} style="height:{100 * n / most:.0f}%" '
+        f'title="{edges[i]:,} to {edges[i + 1]:,} tokens: {count(n, "row")}"></i>'
+        for i, n in enumerate(counts)
     )
     said = f"Lengths of the rows: {edges[0]:,} to {edges[-1]:,} tokens, the longest has {report['longest']:,}"
+    beyond = f" Bars in another pattern are longer than {limit:,} tokens." if edges[-2] >= limit else ""
     return (
         f'<h4>Lengths</h4><div class="lengths" role="img" aria-label="{said}">{bars}</div>'
-        f'<p class="quiet">{edges[0]:,} to {edges[-1]:,} tokens; the longest row has {report["longest"]:,}.</p>'
+        f'<p class="lengths-axis"><span>{edges[0]:,}</span><span>{edges[-1]:,} tokens</span></p>'
+        f'<p class="quiet">The longest row has {count(report["longest"], "token")}, the highest bar stands for {count(most, "row")}.{beyond}</p>'
     )

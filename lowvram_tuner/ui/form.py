@@ -51,8 +51,10 @@ class Form:
         self.fields["micro_batch_size"] = controls.control("micro_batch_size")
         with gr.Row(elem_id="data-row", equal_height=True):
             self.fields["dataset"] = controls.control("dataset")
-            self.upload = gr.UploadButton("Upload", size="md", elem_id="dataset-upload", file_types=list(ENDINGS), min_width=76, scale=0)
-        self.data_words = gr.HTML("", elem_id="data-words")
+            self.upload = gr.UploadButton("Upload", size="md", elem_id="dataset-upload", file_types=list(ENDINGS), file_count="multiple", min_width=76, scale=0)
+        with gr.Row(elem_id="data-said", equal_height=True):
+            self.data_words = gr.HTML("", elem_id="data-words")
+            self.look_button = gr.Button("Look at it", size="sm", elem_id="data-look", scale=0, min_width=84)
         with gr.Accordion("More", open=False, elem_id="more"):
             for title, names in controls.grouped().items():
                 gr.HTML(f'<h3 class="group">{escape(title)}</h3>')
@@ -70,7 +72,7 @@ class Form:
         bits, method = self.fields["bits"], self.fields["method"]
         bits.change(_methods_update, [bits, method], method, **raw)
         self.preset.input(self.preset_chosen, [self.preset, *self.inputs], self.inputs, **raw)
-        self.upload.upload(lambda path: path or gr.skip(), self.upload, self.fields["dataset"], **{**quiet, "show_progress": "minimal"})
+        self.upload.upload(lambda paths: ", ".join(paths or []) or gr.skip(), self.upload, self.fields["dataset"], **{**quiet, "show_progress": "minimal"})
         locked.change(self.lock, locked, [*self.inputs, self.preset, self.upload], **quiet)
         return page.load(self.restore, None, self.inputs, **quiet)
 

@@ -1,4 +1,4 @@
-"""The page: the top line, three tabs, one clock."""
+"""The page: the top line, four tabs, one clock."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ def build(desk: Desk, client: ChatClient | None = None, check: DataCheck | None 
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Train", id="train", elem_id="tab-train") as train_tab:
                 train = TrainTab(desk, header, DataPanel(desk, check))
+            with gr.Tab("Data", id="data", elem_id="tab-data") as data_tab:
+                train.build_data()
             with gr.Tab("Chat", id="chat", elem_id="tab-chat") as chat_tab:
                 chat = ChatTab(desk, client)
             with gr.Tab("Runs", id="runs", elem_id="tab-runs") as runs_tab:
                 runs = RunsTab(desk)
         train.wire(page, timer)
-        chat.wire(chat_tab, [train_tab, runs_tab])
-        runs.wire(runs_tab, [train_tab, chat_tab])
+        chat.wire(chat_tab, [train_tab, data_tab, runs_tab])
+        runs.wire(runs_tab, [train_tab, data_tab, chat_tab])
+        train.form.look_button.click(lambda: gr.Tabs(selected="data"), None, tabs, **QUIET)
 
         def chat_with(run_id: str | None) -> list:
             try:

@@ -20,8 +20,14 @@ def progress_html(state: dict[str, Any] | None) -> str:
     return f'{sentence}{_bar(state)}<dl class="figures-row">{_figures(state)}</dl>'
 
 
-def answers_html(rows: list[dict[str, str]], verdict: dict[str, str] | None, step: int) -> str:
-    """The same questions answered by the base and by the adapter, with the verdict on learning above them."""
+Rows = list[dict[str, str]]
+
+
+def answers_html(rows: Rows, verdict: dict[str, str] | None, step: int, by_step: dict[int, Rows] | None = None) -> str:
+    """The same questions answered by the base and by the adapter, with the verdict on learning above them.
+
+    by_step: the answers at other checkpoints too, folded away below.
+    """
     if not rows and not verdict:
         return ""
     head = ""
@@ -38,8 +44,20 @@ def answers_html(rows: list[dict[str, str]], verdict: dict[str, str] | None, ste
     )
     return (
         f'<section class="answers">{head}<table><thead><tr><th scope="col">Question</th><th scope="col">Before</th>'
-        f'<th scope="col">After step {step:,}</th></tr></thead><tbody>{body}</tbody></table></section>'
+        f'<th scope="col">After step {step:,}</th></tr></thead><tbody>{body}</tbody></table>{_history(rows, by_step or {})}</section>'
     )
+
+
+def _history(rows: Rows, by_step: dict[int, Rows]) -> str:
+    """How the answer to each question changed from checkpoint to checkpoint."""
+    if len(by_step) < 2:
+        return ""
+    body = ""
+    for question in [r.get("prompt") for r in rows]:
+        said = [(step, r.get("adapter")) for step, found in by_step.items() for r in found if r.get("prompt") == question]
+        lines = "".join(f'<tr><th scope="row">step {step:,}</th><td dir="auto">{_text(answer)}</td></tr>' for step, answer in said)
+        body += f'<tbody><tr><th colspan="2" scope="rowgroup" dir="auto"><b>{_text(question)}</b></th></tr>{lines}</tbody>'
+    return f'<details><summary>The answers at every checkpoint</summary><table class="history">{body}</table></details>'
 
 
 def notes_html(notes: list[str]) -> str:

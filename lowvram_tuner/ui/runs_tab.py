@@ -13,10 +13,11 @@ import gradio as gr
 
 from lowvram_tuner.config import ConfigError
 from lowvram_tuner.train.lock import Busy
+from lowvram_tuner.train.repeat import command_line
 from lowvram_tuner.train.run_dir import FINAL, RunDir
 from lowvram_tuner.ui.desk import Desk, config_of
 from lowvram_tuner.ui.run_view import answers_html, notes_html
-from lowvram_tuner.ui.runs_view import command_line, compare_html, table_html
+from lowvram_tuner.ui.runs_view import compare_html, table_html
 from lowvram_tuner.ui.words import situation
 
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -114,7 +115,7 @@ class RunsTab:
             return [gr.update(visible=True), visible, visible, f'<p class="run-title">{title}</p>', curves, "", *[gr.skip()] * 4, "", ""]
         story, state = stories[0][1], one.state()
         title = f'<p class="run-title"><b>{escape(one.name)}</b>{"" if one.name == one.id else f" {escape(one.id)}"}</p><p class="situation {escape(state["status"])}">{escape(situation(state))}</p>'
-        below = answers_html(story.rows, story.verdict, story.rows_step) + notes_html(story.notes)
+        below = answers_html(story.rows, story.verdict, story.rows_step, story.answers) + notes_html(story.notes)
         return [
             gr.update(visible=True), visible, visible, title, curves, below, one.name, _command(one),
             gr.update(interactive=state["status"] in ("stopped", "failed")),

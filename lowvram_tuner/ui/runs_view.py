@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import sys
 from html import escape
-from pathlib import PurePath
 from typing import Any
 
-from lowvram_tuner.config import TrainConfig, options
+from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.ui.plot import Series, plot_html
 from lowvram_tuner.ui.watch import Story
-from lowvram_tuner.ui.words import ago, number, short_model, short_status
+from lowvram_tuner.ui.words import ago, number, short_data, short_model, short_status
 
 SHOWN = 200
 _COLUMNS = ("Name", "Model", "Bits", "Data", "Steps", "Loss", "Held-out", "When", "Status")
@@ -39,20 +35,6 @@ def compare_html(stories: list[tuple[str, Story]]) -> str:
     return plot_html(lines, empty="These runs have no steps yet.")
 
 
-def command_line(config: TrainConfig) -> str:
-    """The command that repeats a run: every option that differs from its default."""
-    words = ["python", "-m", "lowvram_tuner", "train"]
-    for name, value in config.changed().items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-            continue
-        items = [",".join(value)] if options()[name].metadata.get("choices") and isinstance(value, list) else value
-        for item in items if isinstance(items, list) else [items]:
-            words += [f"{flag}={item}"] if str(item).startswith("-") or item == "" else [flag, str(item)]
-    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
-
-
 def _row(run_id: str, state: dict[str, Any], config: TrainConfig | None) -> str:
     name, box = escape(state["name"]), f"pick-{escape(run_id, quote=True)}"
     status = state.get("status") or "idle"
@@ -61,7 +43,7 @@ def _row(run_id: str, state: dict[str, Any], config: TrainConfig | None) -> str:
     cells = [
         short_model(config.model) if config else "–",
         str(config.bits) if config else "–",
-        PurePath(config.dataset).name or config.dataset if config else "–",
+        short_data(config.dataset) if config else "–",
         steps,
         number(state.get("loss")),
         number(state.get("eval_loss")),

@@ -54,13 +54,16 @@ class TrainTab:
                     self._memory()
                 with gr.Column(elem_classes="card", elem_id="run"):
                     self._run()
-        with gr.Accordion("Look at the data", open=False, elem_id="data-panel"):
-            self.data.build()
-        self.html |= {"bits_words": self.form.bits_words, "data_words": self.form.data_words, "data_panel": self.data.panel}
+        self.html |= {"bits_words": self.form.bits_words, "data_words": self.form.data_words}
         self.sent = gr.State(Sent())
         # The id of the run whose settings the controls show, unchangeable. A hidden part of the page and not a State: the
         # browser hears of a changed State only from queued events, and ticks are not queued.
         self.locked = gr.HTML("", visible="hidden", elem_id="locked")
+
+    def build_data(self) -> None:
+        """Builds the Data tab inside the caller's `gr.Tab`; it shows the data that this tab names."""
+        self.data.build()
+        self.html |= {"data_facts": self.data.facts, "data_rows": self.data.rows}
 
     def _memory(self) -> None:
         for part, elem_id in (("bar", "vram-gauge"), ("verdict", "verdict")):
@@ -125,7 +128,7 @@ class TrainTab:
             "title": run_title_html(state["name"], config_of(run)),
             "progress": progress_html(state),
             "plot": plot_html(story.series(), state.get("total_steps") or 0),
-            "answers": answers_html(story.rows, story.verdict, story.rows_step),
+            "answers": answers_html(story.rows, story.verdict, story.rows_step, story.answers),
             "notes": notes_html(story.notes),
             "resume": label if status in ("stopped", "failed") else "",
             "next": status == "finished",
@@ -135,7 +138,7 @@ class TrainTab:
     def outputs(self) -> list[gr.components.Component]:
         """What `updates` fills."""
         buttons = [self.start, self.stop, self.resume, self.remedy_row, *self.remedies, self.next_row, self.data.use_length]
-        return [self.sent, *self.html.values(), *buttons]
+        return [self.sent, *self.html.values(), *buttons, *self.data.roles.values()]
 
     def updates(self, said: dict[str, Any], sent: Sent, problem: str = "") -> Update:
         """Updates for what differs from what the browser has. `problem` stands in for the reason beside Start."""
@@ -152,6 +155,8 @@ class TrainTab:
                 found[button] = gr.update(visible=bool(new[part]), value=new[part] or " ")
         if "remedies" in new:
             found |= self._remedies(new["remedies"])
+        if "roles" in new:
+            found |= self.data.role_updates(new["roles"])
         if found or problem != sent.problem:
             found[self.sent] = Sent({**sent.parts, **new}, problem)
         return found or {self.start: gr.skip()}
@@ -174,6 +179,8 @@ class TrainTab:
         for i, button in enumerate(self.remedies):
             button.click(lambda *values, i=i: self.form.remedy(i, *values), fields, fields, **raw)
         self.longer.click(self.form.longer, None, fields, **raw)
+        roles = list(self.data.roles.values())
+        gr.on([r.input for r in roles], self.data.mapped, roles, self.form.fields["columns"], **raw)
         length = self.form.fields["max_seq_length"]
         self.data.use_length.click(self.length_pressed, [*fields, self.data.first], length, **raw)
         self.start.click(lambda: gr.update(interactive=False, value="Starting …"), None, self.start, **QUIET)

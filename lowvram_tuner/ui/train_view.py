@@ -6,15 +6,15 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from lowvram_tuner.config import DEMO_DATASET, ConfigError, TrainConfig
+from lowvram_tuner.data.names import split
 from lowvram_tuner.memory.plan import COMPONENT_LABELS, Remedy
 from lowvram_tuner.ui.controls import to_config
 from lowvram_tuner.ui.desk import Answer, Desk
 from lowvram_tuner.ui.gauge import Live, gauge_html, table_html, verdict, words_html
-from lowvram_tuner.ui.words import BUSY, gb, short_model, short_status
+from lowvram_tuner.ui.words import BUSY, gb, short_data, short_model, short_status
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,10 @@ def steps_of(config: TrainConfig, data: dict[str, Any] | None) -> int | None:
 
 def missing_data(dataset: str) -> str:
     """Why a dataset cannot be there, as far as a look at the disk tells; "" when nothing speaks against it."""
-    if dataset == DEMO_DATASET:
-        return ""
-    try:
-        there = Path(dataset).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
-        there = False
-    looks_like_id = dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) and not Path(dataset).suffix
-    return "" if there or looks_like_id else f"There is no file or folder {dataset!r}; choose a dataset."
+    for part in split(dataset):
+        if part.path is None and part.name != DEMO_DATASET and not part.may_be_on_hub:
+            return f"There is no file or folder {part.name!r}; choose a dataset."
+    return ""
 
 
 def length_cost(desk: Desk, values: dict[str, Any], length: int) -> str:
@@ -124,7 +120,7 @@ def run_title_html(name: str, config: TrainConfig | None) -> str:
     """Which run the progress below belongs to."""
     if config is None:
         return ""
-    facts = f"{short_model(config.model)} · {config.bits}-bit · {Path(config.dataset).name}"
+    facts = f"{short_model(config.model)} · {config.bits}-bit · {short_data(config.dataset)}"
     return f'<p class="run-title"><b>{escape(name)}</b> <span>{escape(facts)}</span></p>'
 
 

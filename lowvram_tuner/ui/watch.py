@@ -11,6 +11,7 @@ from lowvram_tuner.train.run_dir import RunDir
 from lowvram_tuner.ui.plot import Curve, Series
 
 _NOTES = 20
+_ANSWERS = 30  # checkpoints whose answers are kept
 _KEPT_RUNS = 8
 
 
@@ -23,6 +24,7 @@ class Story:
     held_out: Curve = field(default_factory=Curve)
     rows: list[dict[str, str]] = field(default_factory=list)  # the newest before/after answers
     rows_step: int = 0
+    answers: dict[int, list[dict[str, str]]] = field(default_factory=dict)  # all of them, by the step whose adapter spoke
     verdict: dict[str, str] | None = None
     notes: list[str] = field(default_factory=list)
     saved_step: int | None = None
@@ -45,6 +47,7 @@ class Story:
             self.held_out.add(step, event.get("loss"))
         elif kind == "compare":
             self.rows, self.rows_step = event.get("rows") or [], step
+            self.answers = dict(sorted([*(self.answers | {step: self.rows}).items()])[-_ANSWERS:])
         elif kind == "verdict":
             self.verdict = {"verdict": event.get("verdict", ""), "text": event.get("text", "")}
         elif kind == "checkpoint":

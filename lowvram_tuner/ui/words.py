@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import PurePath
 from typing import Any
 
 BITS_WORDS = {
@@ -73,6 +74,11 @@ def short_model(model: str) -> str:
     return model.rstrip("/\\").replace("\\", "/").split("/")[-1] or model
 
 
+def short_data(dataset: str) -> str:
+    """A dataset's name without its folders; a mix as "a.jsonl + b.csv"."""
+    return " + ".join(PurePath(part).name or part for part in dataset.split(", "))
+
+
 def steps(state: dict[str, Any]) -> str:
     """ "140 of 600", or "140" while the total is unknown."""
     step, total = state.get("step") or 0, state.get("total_steps") or 0
@@ -87,7 +93,7 @@ def situation(state: dict[str, Any] | None) -> str:
     if status == "preparing":
         return f"{_saying('Preparing', message or 'starting')}. You can stop now without losing anything."
     if status == "checking":
-        return f"{_saying('Checking the fit', message or 'one worst-case step is measured')}."
+        return f"{message or 'Checking the fit: one worst-case step is measured'}."
     if status == "training":
         return f"Training: step {steps(state)}. Stop saves and keeps everything up to here."
     if status == "saving":

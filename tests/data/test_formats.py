@@ -67,6 +67,16 @@ def test_the_users_mapping_goes_first():
     assert partly.roles == {"prompt": "question", "completion": "final"}
 
 
+def test_a_role_can_be_left_unused_and_a_column_may_have_a_comma():
+    row = {"question": "q", "context": "c", "answer, long": "a", "messages": TURNS}
+    given = mapping(("messages=-, completion=answer, long", "input=-"))
+    assert given == {"messages": "-", "completion": "answer, long", "input": "-"}
+    layout = detect([row], given, "a")
+    assert layout.roles == {"prompt": "question", "completion": "answer, long"}
+    assert [m["content"] for m in to_sample(row, layout).messages] == ["q", "a"]
+    assert detect([row], mapping(("completion=answer, long\nprompt=question",)), "a").name == "question_answer"
+
+
 @pytest.mark.parametrize(
     "columns, words",
     [

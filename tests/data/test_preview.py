@@ -131,7 +131,7 @@ def test_columns_are_shown_for_mapping_when_nothing_fits(write, tokenizer, tmp_p
     mapped = preview(TrainConfig(dataset=path, columns=("prompt=a", "completion=b"), output_dir=str(tmp_path)), tokenizer)
     assert mapped["error"] is None and text_of(mapped["rows"][0], True) == "two<|im_end|>"
     assert mapped["files"][0] == {
-        "name": "a.csv", "columns": ["a", "b"], "roles": {"prompt": "a", "completion": "b"}, "layout": "prompt and completion", "error": None,
+        "name": "a.csv", "weight": 1.0, "columns": ["a", "b"], "roles": {"prompt": "a", "completion": "b"}, "layout": "prompt and completion", "error": None,
     }  # fmt: skip
 
 

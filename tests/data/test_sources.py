@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from lowvram_tuner.data import names
 from lowvram_tuner.data.report import DataError
 from lowvram_tuner.data.sources import resolve
 
@@ -127,6 +128,57 @@ def test_a_mix_of_layouts_is_named(write, prepared):
     report = prepared(f"{a},{b}").report
     assert report.format == "text + prompt_completion"
     assert report.columns == {"a.jsonl": {"text": "text"}, "b.jsonl": {"prompt": "prompt", "completion": "completion"}}
+
+
+def test_a_mapping_fits_the_files_that_have_its_columns(write, prepared):
+    a, b = write("a.jsonl", [{"q": "one", "r": "two"}]), write("b.jsonl", [{"prompt": "q", "completion": "a"}])
+    report = prepared(f"{a},{b}", columns=("prompt=q", "completion=r")).report
+    assert report.columns == {"a.jsonl": {"prompt": "q", "completion": "r"}, "b.jsonl": {"prompt": "prompt", "completion": "completion"}}
+    with pytest.raises(DataError, match="no file has a column 'nowhere' for system"):
+        prepared(f"{a},{b}", columns=("prompt=q", "completion=r", "system=nowhere"))
+
+
+def test_a_folder_leaves_out_what_fits_no_layout_and_counts_it(write, prepared, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name in ("a.jsonl", "settings.json", "table.csv"):
+        write(f"mixed/{name}", {"a.jsonl": ROWS[:5], "settings.json": '{"x": 1, "y": 2}', "table.csv": "a,b\n1,2\n3,4\n"}[name])
+    report = prepared(str(folder)).report
+    assert (report.rows, report.kept, report.dropped) == (8, 5, 3)
+    assert [(p.kind, p.file, p.count, p.dropped) for p in report.problems] == [
+        ("no_layout", "settings.json", 1, True), ("no_layout", "table.csv", 2, True)
+    ]  # fmt: skip
+    assert "left out: table.csv has the columns a, b" in report.problems[1].reason
+    with pytest.raises(DataError, match=r"table\.csv has the columns a, b"):  # named by the user: not left out
+        prepared(f"{folder / 'a.jsonl'}, {folder / 'table.csv'}")
+
+
+def test_the_arrow_files_of_a_local_copy_are_read(tmp_path, prepared, monkeypatch):
+    """As the hub's cache keeps a dataset: Arrow files by split beside a description."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    source = tmp_path / "data.jsonl"
+    source.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    made = datasets.load_dataset("json", data_files={"train": str(source), "test": str(source)}, cache_dir=str(tmp_path / "cache"))
+    file = made["train"].cache_files[0]["filename"]
+    assert file.endswith(".arrow")
+    report = prepared(str(tmp_path / "cache")).report
+    assert report.rows == 40 and [p.kind for p in report.problems] == ["left_out"]
+    assert prepared(file).report.rows == 40
+    (tmp_path / "torn.arrow").write_bytes(b"ARROW1 nonsense")
+    with pytest.raises(DataError, match=r"torn\.arrow cannot be read as Arrow"):
+        prepared(str(tmp_path / "torn.arrow"))
+
+
+def test_a_comma_in_a_files_own_name_separates_nothing(tmp_path):
+    a, b = tmp_path / "one, two.jsonl", tmp_path / "x.csv"
+    a.touch()
+    b.touch()
+    parts = names.split(f"{a}:2 , {b},demo:0.5")
+    assert parts == [names.Part(str(a), 2.0, a), names.Part(str(b), 1.0, b), names.Part("demo", 0.5)]
+    assert names.split(names.joined(parts)) == parts
+    assert names.split(" ") == [] and names.split(str(a)) == [names.Part(str(a), 1.0, a)]
+    assert [names.Part(n).may_be_on_hub for n in ("o/n", "o/n@v1.0", "o/n.jsonl", "/o/n", "demo")] == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize(

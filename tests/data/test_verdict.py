@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
-from lowvram_tuner.data.verdict import improved, judge
+from lowvram_tuner.data.verdict import improved, judge, standard_error
 
 CASES = {
     "clear drop": ([2.5, 1.8, 1.4, 1.3], "learned"),
@@ -29,18 +30,43 @@ def test_verdicts(name):
     assert judge(list(enumerate(losses)))[0] == kind
 
 
-def test_words_name_where_it_went_wrong_and_what_is_best():
-    kind, text = judge([(0, 2.5), (1, 1.5), (2, 1.9), (3, 2.2)], unit="epoch")
+def test_words_name_where_it_went_wrong_and_what_is_kept():
+    history = [(0, 2.5), (10, 1.5), (20, 1.9), (30, 2.2)]
+    kind, text = judge(history)
     assert kind == "memorised"
-    assert "got worse from epoch 2 on (from 1.500 to 2.200; the base had 2.500)" in text
-    assert "The checkpoint of epoch 1 is the best." in text
+    assert "got worse from step 20 on (from 1.500 to 2.200; the base had 2.500)" in text
+    assert "The adapter kept is that of step 10, the best." in text
+    text = judge(history, steps_per_epoch=12)[1]
+    assert "got worse from epoch 2 (step 20) on" in text and "that of epoch 1 (step 10)" in text
+    assert "epoch" not in judge(history, steps_per_epoch=30)[1]  # a single pass over the data
 
 
 def test_a_measured_spread_replaces_the_assumed_one():
     history = [(0, 2.0), (10, 1.95)]
     assert judge(history)[0] == "learned"
-    assert judge(history, standard_error=0.04)[0] == "no_change"
-    assert judge([(0, 1.0), (10, 0.985)], standard_error=0.002)[0] == "learned"
+    kind, text = judge(history, won_error=0.04)
+    assert kind == "no_change" and "a difference below 0.080 may be chance" in text
+    kind, text = judge([(0, 1.0), (10, 0.985)], won_error=0.002)
+    assert kind == "learned" and "known to within 0.004" in text
+    worse = [(0, 2.0), (10, 1.9), (20, 1.95)]
+    assert judge(worse, lost_error=0.001)[0] == "memorised"
+    assert judge(worse, lost_error=0.04)[0] == "learned"
+
+
+def test_the_standard_error_is_that_of_many_draws():
+    """Of example-wise differences of a known spread, drawn again and again: the formula gives what the draws show."""
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(5, 40, 60)
+    found, differences = [], []
+    for _ in range(400):
+        a = tokens * 2.0 + draw.normal(0, 3, 60)
+        b = a - tokens * 0.1 - draw.normal(0, 1.5, 60)
+        found.append(standard_error(a, b, tokens))
+        differences.append((a - b).sum() / tokens.sum())
+    assert np.mean(found) == pytest.approx(np.std(differences), rel=0.1)
+    assert np.mean(differences) == pytest.approx(0.1, abs=0.002)
+    assert standard_error(a[:4], b[:4], tokens[:4]) is None and standard_error(None, b, tokens) is None
+    assert standard_error(a, a, tokens) == 0.0
 
 
 def test_without_held_out_rows_the_answers_decide():

@@ -9,7 +9,7 @@ from lowvram_tuner.quant.linear import QuantLinear
 from lowvram_tuner.quant.registry import quant_format, resolve
 from lowvram_tuner.quant.spec import Scratch
 from lowvram_tuner.train import loss
-from lowvram_tuner.train.loss import Head, head_loss
+from lowvram_tuner.train.loss import Head, head_loss, head_losses
 
 ROWS, HIDDEN, VOCABULARY = 23, 64, 1000
 
@@ -49,8 +49,12 @@ def test_a_plain_head(rows, tile, cap, monkeypatch):
     w = randn(VOCABULARY, HIDDEN, seed=1) * 0.4
     head = Head(None, w, Scratch(0, "cpu"), cap)
     check(head_loss(*rows, head), oracle(*rows, w, cap))
-    total, gradient = head_loss(*rows, head, with_gradient=False)
-    assert gradient is None and float(total) == pytest.approx(oracle(*rows, w, cap)[0], rel=1e-6)
+    each = head_losses(*rows, head)
+    assert each.shape == rows[1].shape and not each[rows[1] < 0].any()
+    for place in (0, len(each) // 2, len(each) - 1):
+        one = slice(place, place + 1)
+        assert float(each[place]) == pytest.approx(oracle(rows[0][one], rows[1][one], w, cap)[0], rel=1e-5, abs=1e-6)
+    assert float(each.sum()) == pytest.approx(oracle(*rows, w, cap)[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -12,14 +12,18 @@ from lowvram_tuner.chat.client import ChatStatus
 from lowvram_tuner.chat.target import Target
 from lowvram_tuner.cli import build_parser, config_of
 from lowvram_tuner.config import ConfigError, TrainConfig
+from lowvram_tuner.data.names import ROLES
 from lowvram_tuner.train.events import Reporter
+from lowvram_tuner.train.repeat import command_line
 from lowvram_tuner.train.run_dir import EMPTY_STATE, RunDir
 from lowvram_tuner.ui import words
 from lowvram_tuner.ui.chat_tab import Turn, messages, shown, status_html
-from lowvram_tuner.ui.data_view import preview_html, report_of, words_html
+from lowvram_tuner.ui.controls import to_config
+from lowvram_tuner.ui.data_panel import DataPanel, _role_choices
+from lowvram_tuner.ui.data_view import facts_html, report_of, rows_html, words_html
 from lowvram_tuner.ui.desk import Desk
 from lowvram_tuner.ui.run_view import answers_html, done_share, notes_html, progress_html
-from lowvram_tuner.ui.runs_view import command_line, compare_html, table_html
+from lowvram_tuner.ui.runs_view import compare_html, table_html
 from lowvram_tuner.ui.train_view import gauge_for, missing_data, steps_of
 from lowvram_tuner.ui.watch import Stories
 
@@ -168,8 +172,17 @@ def test_start_has_its_reasons(desk, tmp_path):
 
 def test_missing_data():
     assert missing_data("demo") == missing_data("owner/dataset") == ""
-    for wrong in ("/no/such", "no.jsonl", "a/b.csv", "x" * 5000, "\x00", "~nobody/x"):
+    for wrong in ("/no/such", "no.jsonl", "a/b.csv", "x" * 5000, "\x00", "~nobody/x", "demo:2, no.csv"):
         assert "no file or folder" in missing_data(wrong)
+
+
+def test_a_mix_is_there_when_each_part_is(tmp_path):
+    a, b = tmp_path / "a, b.jsonl", tmp_path / "c.csv"
+    a.touch()
+    b.touch()
+    assert missing_data(f"{a}:2, {b}:0.5, demo, owner/data@v1.0") == ""
+    assert "'d.csv'" in missing_data(f"{a}, d.csv:3")
+    assert words.short_data(f"{tmp_path}/x.jsonl:2, {b}") == "x.jsonl:2 + c.csv"
 
 
 def test_steps_of_a_run():
@@ -181,7 +194,7 @@ def test_steps_of_a_run():
 
 
 def preview(**changes):
-    report = {"format": "chat", "rows": 10, "kept": 9, "dropped": 1, "truncated": 0, "duplicates": 0, "tokens": 900, "trained_tokens": 300, "longest": 64,
+    report = {"format": "chat", "rows": 10, "kept": 9, "dropped": 1, "truncated": 0, "split": 2, "duplicates": 0, "tokens": 900, "trained_tokens": 300, "longest": 64,
               "histogram": {"edges": [0, 32, 64], "counts": [4, 6]}, "suggested_max_seq_length": 64,
               "problems": [{"line": 3, "reason": EVIL, "count": 1, "dropped": True, "file": EVIL}]}  # fmt: skip
     row = {"row": 1, "line": 1, "file": "f", "problem": None, "raw": "", "notes": [EVIL], "length": 40, "trained": 20, "truncated": False, "held_out": True,
@@ -192,18 +205,50 @@ def preview(**changes):
 
 
 def test_the_data_is_shown_inert_with_what_is_learned():
-    html = preview_html(preview()) + words_html(EVIL, EVIL, None) + words_html("x", "", preview(error=EVIL))
+    html = facts_html(preview(), 48) + rows_html(preview()) + words_html(EVIL, EVIL, None) + words_html("x", "", preview(error=EVIL))
     assert "<img" not in html and "<script" not in html
     assert '<span class="t on">Grüße 你好</span>' in html
-    assert "and 10 tokens more" in html or "and 10 tokens" in html
+    assert "and 10 tokens more" in html
+
+
+def test_the_counts_and_lengths_of_the_data():
+    html = facts_html(preview(), 32)
+    for name, figure in (("kept", "9"), ("dropped", "1"), ("cut to the length", "0"), ("split into several", "2"), ("held out to measure", "1 example")):
+        assert f"<dt>{name}</dt><dd>{figure}</dd>" in html
+    assert html.count('<i class=over') == 1 and "longer than 32 tokens" in html
+    assert "class=over" not in facts_html(preview(), 64)
+    assert "10 so far, there are more" in facts_html(preview(complete=False), 64)
+    assert facts_html({"error": EVIL}).count("&lt;img") == 1
 
 
 def test_the_line_under_the_data():
-    assert "9 rows · chat · 900 tokens · 1 row dropped" in words_html("x", "", preview())
+    assert "9 rows · chat · 900 tokens · 1 row dropped · 2 rows split" in words_html("x", "", preview())
     assert "at least 9 rows" in words_html("x", "", preview(complete=False))
+    assert "Reading" in words_html("x", "", None) and "Reading" not in words_html("x", "", None, busy=True)
     assert report_of(preview(complete=False)) is None and report_of(None) is None
     assert report_of(preview(error="Nothing.")) == {"error": "Nothing."}
-    assert preview_html({"error": EVIL}).count("&lt;img") == 1
+
+
+def test_a_role_offers_every_column_and_what_was_found():
+    answer = {"files": [{"columns": ["q", "a, b"], "roles": {"prompt": "q"}}, {"columns": ["q", "z"], "roles": {"prompt": "z"}}]}
+    columns = (("q", "q"), ("a, b", "a, b"), ("z", "z"))
+    assert _role_choices("prompt", "", answer) == ("", (("automatic: q, z", ""), ("not used", "-"), *columns))
+    assert _role_choices("system", None, None) == ("", (("automatic", ""), ("not used", "-")))
+    panel = DataPanel(None, None)
+    written = panel.mapped(*("a, b" if role == "completion" else "-" if role == "input" else "" for role in ROLES))
+    assert written == "input=-, completion=a, b"
+    assert _role_choices("completion", written, answer)[0] == "a, b"
+    assert _role_choices("input", written, answer)[0] == "-"
+    assert to_config({"columns": written}).columns == ("input=-", "completion=a, b")
+    assert _role_choices("text", "text=gone", answer)[1][-1] == ("gone", "gone")
+
+
+def test_answers_at_every_checkpoint_are_listed():
+    first, second = ([{"prompt": "Who?", "base": "b", "adapter": f"a{step} {EVIL}"}] for step in (10, 20))
+    assert "<details" not in answers_html(second, None, 20, {20: second})
+    html = answers_html(second, None, 20, {10: first, 20: second})
+    assert "After step 20" in html and html.index("step 10") < html.rindex("step 20") and "a10" in html
+    assert "<img" not in html
 
 
 def test_a_conversation_as_each_side_saw_it():
