@@ -137,6 +137,7 @@ def test_a_child_that_answers_fails_or_hangs():
 
     assert run("print('progress'); print('{\"step_ms\": 3}')") == {"step_ms": 3}
     assert run("import sys; sys.exit('error: no such model')") == {"error": "error: no such model"}
+    assert run("print('{\"step_ms\": 3}'); print('good bye')") == {"step_ms": 3}
     assert "no JSON" in run("print('hello')")["error"]
     assert "more than 3 s" in run("import time; time.sleep(30)", minutes=-0.95 / 3)["error"]
 

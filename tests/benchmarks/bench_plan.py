@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -172,22 +173,28 @@ def work(names: list[str], until: float) -> None:
                 break
             try:
                 row = measure(chosen[name], Path(folder))
-            except (RuntimeError, ValueError, NotImplementedError) as error:  # one case's failure must not hide the others
-                row = {**asdict(chosen[name]), "name": name, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:300]}
+            except Exception as error:  # whatever fails is told, and must not hide the other cases
+                row = {**asdict(chosen[name]), "name": name, "error": f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"[:300]}
             print("ROW " + json.dumps(row), flush=True)
             if "CUDA error" in row.get("error", ""):  # the process is of no more use; the same command goes on
                 break
 
 
-def run_group(names: list[str], until: float, keep: Any) -> None:
-    """Measures cases in a process of their own and hands each row to `keep` as it comes."""
-    command = [sys.executable, __file__, "--worker", json.dumps(names), "--until", str(until)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("ROW "):
-            keep(json.loads(line[4:]))
-    process.wait()
+def run_group(names: list[str], until: float, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Measures cases in a process of their own and hands each row to `keep` as it comes. A case that ends the process is
+    told, and the others go on in a new one."""
+    while names and time.time() < until:
+        command = [sys.executable, __file__, "--worker", json.dumps(names), "--until", str(until)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("ROW "):
+                row = json.loads(line[4:])
+                names = [n for n in names if n != row["name"]]
+                keep(row)
+        if process.wait() != 0 and names:
+            keep({"name": names[0], "error": f"its process ended with {process.returncode}"})
+            names = names[1:]
 
 
 # the result --------------------------------------------------------------------------------------------------------------

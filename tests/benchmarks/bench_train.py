@@ -11,7 +11,7 @@
 
 Every case is a process of its own, and its result is in the file before the next one starts. What each must reach stands in
 `train_cases.py`. Compare only figures of one card. A folder of random 16-bit weights (8B: 16 GB) is made where a case reads a
-checkpoint, and removed after the last case that needs it unless --keep is given.
+checkpoint, and removed after the last case that needs it; --keep and --models DIR leave it for the next command.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Bench:
         options = list(case.options)
         if case.cap_gb:
             options += ["--vram-gb", f"{case.cap_gb + self._context_gb():.3f}"]
-        shown = ["python", "-m", "lowvram_tuner", case.command, *options]
+        shown = ["python", "-m", "lowvram_tuner", case.command, *({FOLDER: "FOLDER", ALPACA: "FILE"}.get(o, o) for o in options)]
         if FOLDER in options and (problem := self._make(case.model)):
             return {"error": problem}
         filled = [{FOLDER: str(self._folder(case.model)), ALPACA: str(self.args.alpaca)}.get(o, o) for o in options]
@@ -117,14 +117,15 @@ class Bench:
 
 
 def child(command: list[str], minutes: float) -> dict[str, Any]:
-    """The JSON object on the last line of a command's output; {"error": its last words} when it fails or takes too long."""
+    """The last JSON object that a command prints; {"error": its last words} when it fails or takes too long."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60 * (3 * minutes + 1), check=False)
-        return json.loads(last_line(done.stdout)) if done.returncode == 0 else {"error": last_line(done.stderr)}
     except subprocess.TimeoutExpired as error:
         return {"error": f"it took more than {error.timeout:.0f} s"}
-    except json.JSONDecodeError:
-        return {"error": f"its last line is no JSON: {last_line(done.stdout)[:200]}"}
+    if done.returncode != 0:
+        return {"error": last_line(done.stderr)}
+    objects = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(objects[-1]) if objects else {"error": f"it printed no JSON object but: {last_line(done.stdout)[:200]}"}
 
 
 def last_line(text: str) -> str:
