@@ -37,8 +37,8 @@ def bench(
 ) -> dict[str, Any]:
     """Trains `steps` micro-batches of random tokens at full length, every position a target. Returns `bench`'s JSON keys.
 
-    process_gb: what the driver counts for the card since the start, CUDA's own share included. Without `profiled` the keys
-    about kernels are zero, which saves seconds.
+    process_gb: what the driver counts for the card since the start; context_gb: its share beyond the allocator's, CUDA's own.
+    Without `profiled` the keys about kernels are zero, which saves seconds.
     """
     device = pick_device()
     used_before = _used_bytes()
@@ -76,11 +76,14 @@ def bench(
     measured = profiled and device.type == "cuda"
     recorded = profile.record(lambda: (step.accumulate(batch, 1.0 / tokens), optimizer.step(0.0))) if measured else []
     kernels = profile.summary(recorded, step_s * 1e3)
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
     return {
         "peak_allocated_gb": _peak(device) / GB,
-        "peak_reserved_gb": torch.cuda.max_memory_reserved() / GB if device.type == "cuda" else 0.0,
+        "peak_reserved_gb": reserved / GB,
         "process_gb": process / GB,
+        "context_gb": (process - reserved) / GB,
         "predicted_peak_gb": plan.allocated_bytes / GB,
+        "predicted_process_gb": plan.process_bytes / GB,
         "step_ms": step_s * 1e3,
         "tokens_per_s": tokens / step_s,
         "gpu_ms": kernels["gpu_ms"],
