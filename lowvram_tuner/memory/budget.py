@@ -70,5 +70,5 @@ class Budget:
     def of_absent_card(cls, vram_gb: float) -> Budget:
         """The budget of a card that is not in this machine, empty but for this program, with a laptop card's speed."""
         size = int(vram_gb * GB)
-        note = f"for a card of {vram_gb:g} GB that is not in this machine; its speed is taken to be a 6 GB laptop card's"
+        note = f"a card of {vram_gb:g} GB that is not in this machine, with the speed of a 6 GB laptop card"
         return cls(size, 0, size, "vram", note=note)
