@@ -15,7 +15,7 @@ BLOCKS = 32  # blocks of 64 values per program: 1 KB read, 4 KB written at 16 bi
 
 
 @triton.jit
-def _block_scales(absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, block, inside, DOUBLE: tl.constexpr):
+def block_scales(absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, block, inside, DOUBLE: tl.constexpr):
     """fp32 absmax of `block` (a vector of block numbers)."""
     if DOUBLE:
         code = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
@@ -34,7 +34,7 @@ def _dequantize_kernel(
     local = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = local * 64 < values
     block = first_block + local
-    scale = _block_scales(absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, block, inside, DOUBLE)
+    scale = block_scales(absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, block, inside, DOUBLE)
 
     byte = tl.arange(0, 32)
     position = local[:, None] * 64 + byte[None, :] * 2  # of the high nibble, in out

@@ -48,6 +48,7 @@ class Budget:
     context_bytes: int = CONTEXT_BYTES
     rates: Rates = Rates()
     note: str = ""
+    host_limit_bytes: int = 8 * GB  # RAM that streamed layers leave to activations; of a machine that is not here, a guess
 
     @classmethod
     def of(cls, config: TrainConfig, card: Card | None, ram: Ram | None = None) -> Budget:
@@ -62,9 +63,10 @@ class Budget:
         if asked > total:
             note = f"{config.vram_gb:g} GB were asked for; the card has {total / GB:.1f} GB, and the {free / GB:.1f} GB free on it are used"
         limit = free if note else asked or max(0, free - DESKTOP_RESERVE)
+        host = ram.available_bytes // 2 if ram else 0
         known = measured(card.uuid)
         rates = Rates(**{k: known[k] for k in ("flops", "copy_bytes", "host_bytes") if k in known})
-        return cls(total, total - free, limit, "vram", int(known.get("context_bytes", CONTEXT_BYTES)), rates, note)
+        return cls(total, total - free, limit, "vram", int(known.get("context_bytes", CONTEXT_BYTES)), rates, note, host)
 
     @classmethod
     def of_absent_card(cls, vram_gb: float) -> Budget:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowvram_tuner.memory.budget import MB, Rates
+from lowvram_tuner.memory.budget import MB, Budget, Rates
 from lowvram_tuner.memory.estimate import Work, optimizer_bytes
 
 ROUNDING_BYTES = 48 * MB  # the allocator's: blocks of 512 bytes, segments of 2 to 20 MB
+HIDDEN = 0.9  # share of the arithmetic's time that transfers are planned to hide behind
 WORKSPACE_BYTES = 2 * 8519680  # cuBLAS's own, one for each stream that multiplies; `train.session` sets its size
 
 
@@ -21,6 +22,7 @@ class Choice:
     """One way to run; the defaults are the fastest and largest."""
 
     inputs_on_host: bool = False
+    gate_up_away: bool = False  # gate and up may wait on the host instead of being computed again
     embeddings_on_host: bool = False
     head_bits: int = 16
     optimizer_on_host: bool = False
@@ -32,20 +34,21 @@ class Choice:
 
 @dataclass(frozen=True)
 class Layers:
-    """How many layers are streamed, keep all activations, and keep attention's output."""
+    """How many layers are streamed, keep all activations, and keep attention's output; how many chunks' gate and up are away."""
 
     streamed: int = 0
     keep_all: int = 0
     keep_attention: int = 0
+    gate_up: int = 0
 
 
 class Cost:
-    """The costs of a choice for a work. `accumulation`: micro-batches of an optimizer step."""
+    """The costs of a choice for a work in a budget. `accumulation`: micro-batches of an optimizer step."""
 
-    def __init__(self, work: Work, choice: Choice, context: int, rates: Rates, accumulation: int) -> None:
+    def __init__(self, work: Work, choice: Choice, budget: Budget, rates: Rates, accumulation: int) -> None:
         self.work, self.choice = work, choice
-        self.layers = work.shape.num_hidden_layers
-        self._measure(context)
+        self.layers, self.host_limit = work.shape.num_hidden_layers, budget.host_limit_bytes
+        self._measure(budget.context_bytes)
         self._time(rates, accumulation)
 
     # bytes -------------------------------------------------------------------------------------------------------------
@@ -74,7 +77,7 @@ class Cost:
         counted = 0 if choice.inputs_on_host else hidden
         self.extra_all, self.extra_attention = work.saved_bytes("all") - counted, work.saved_bytes("attention") - counted
         self.loss = work.loss_bytes(self.scratch if choice.head_bits < 16 else 0)
-        self.kept_work, self.recompute_work = work.kept_work_bytes(), work.recompute_work_bytes(choice.mlp_chunk)
+        self.kept_work, self.recompute_work = work.kept_work_bytes(), work.recompute_work_bytes(choice.mlp_chunk, choice.gate_up_away)
 
     def _scratch_bytes(self) -> int:
         """The scratch: gate and up together at full size, less when memory is short; none when nothing is packed."""
@@ -129,11 +132,24 @@ class Cost:
         if all_ == self.layers:
             return Layers(streamed, all_)
         spare = room - self.inputs - max(self._loss_work(all_) + all_ * self.extra_all, self.recompute_work)
-        return Layers(streamed, all_, min(self.layers - all_, spare // self.extra_attention))
+        attention = min(self.layers - all_, spare // self.extra_attention)
+        return Layers(streamed, all_, attention, self._hidden(streamed, all_, attention))
 
-    def host_bytes(self, streamed: int) -> int:
-        """Host memory that the plan needs: streamed slabs, checkpoints, embeddings, optimizer state."""
-        work, choice, total = self.work, self.choice, streamed * self.packed_layer
+    def _hidden(self, streamed: int, all_: int, attention: int) -> int:
+        """How many chunks' gate and up can travel out behind forward's arithmetic and back behind backward's, and fit in RAM."""
+        if not self.choice.gate_up_away:
+            return 0
+        forward, backward = self._arithmetic(all_, attention)
+        slabs, inputs = self._transfers(streamed, all_)
+        out = (HIDDEN * forward - inputs) / self.gate_up_s
+        back = (HIDDEN * backward - slabs - inputs) / (self.gate_up_s + HIDDEN * self.gate_up_again_s)
+        room = (self.host_limit - self.host_bytes(streamed)) // self.work.gate_up_bytes(self.choice.mlp_chunk)
+        return max(0, min((self.layers - all_) * self.work.chunks(self.choice.mlp_chunk), room, int(out), int(back)))
+
+    def host_bytes(self, streamed: int, gate_up: int = 0) -> int:
+        """Host memory that the plan needs: streamed slabs, checkpoints, gate and up, embeddings, optimizer state."""
+        work, choice = self.work, self.choice
+        total = streamed * self.packed_layer + gate_up * work.gate_up_bytes(choice.mlp_chunk)
         if choice.inputs_on_host:
             total += self.layers * work.saved_bytes("input")
         if choice.embeddings_on_host:
@@ -157,6 +173,9 @@ class Cost:
         self.again_s = sum(sizes[n] for n in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")) * once
         self.attention_again_s = sizes["o_proj"] * once
         self.chunks_s = max(0, -(-t // self.choice.mlp_chunk) - 1) * mlp * unpack
+        gate_up = sizes["gate_proj"] + sizes["up_proj"]
+        self.gate_up_again_s = gate_up * (2 * min(t, self.choice.mlp_chunk) / rates.flops + unpack)  # of one chunk
+        self.gate_up_s = work.gate_up_bytes(self.choice.mlp_chunk) / rates.host_bytes
         self.slab_s = self.packed_layer / rates.host_bytes
         self.input_s = work.saved_bytes("input") / rates.host_bytes if self.choice.inputs_on_host else 0.0
         elementwise = self.layers * t * (12 * s.hidden_size + 6 * s.intermediate_size) * 2 * work.item / rates.copy_bytes
@@ -167,12 +186,22 @@ class Cost:
         self.optimizer_s = state / (rates.host_bytes if self.choice.optimizer_on_host else rates.copy_bytes)
         self.accumulation = accumulation
 
+    def _arithmetic(self, all_: int, attention: int) -> tuple[float, float]:
+        """Seconds of forward's and backward's own work in all layers, everything that was not kept computed again."""
+        computing = self.layers - all_
+        chunks = computing * self.chunks_s
+        again = computing * self.again_s + (computing - attention) * self.attention_again_s
+        return self.pass_s + chunks, self.pass_s + 2 * chunks + again
+
+    def _transfers(self, streamed: int, all_: int) -> tuple[float, float]:
+        """Seconds of the slabs' way in, in each direction of the pass, and of the inputs' way out or back."""
+        return streamed * self.slab_s, (self.layers - all_) * self.input_s
+
     def seconds(self, kept: Layers) -> float:
         """Seconds of one optimizer step: forward and backward each the larger of its arithmetic and its transfers."""
-        computing = self.layers - kept.keep_all
-        chunks = computing * self.chunks_s
-        again = computing * self.again_s + (computing - kept.keep_attention) * self.attention_again_s
-        slabs, inputs = kept.streamed * self.slab_s, computing * self.input_s
-        forward = max(self.pass_s + chunks, slabs, inputs)  # slabs come in while inputs go out
-        backward = max(self.pass_s + 2 * chunks + again, slabs + inputs)
+        forward, backward = self._arithmetic(kept.keep_all, kept.keep_attention)
+        slabs, inputs = self._transfers(kept.streamed, kept.keep_all)
+        travelling = inputs + kept.gate_up * self.gate_up_s
+        forward = max(forward, slabs, travelling)  # slabs come in while activations go out
+        backward = max(backward - kept.gate_up * self.gate_up_again_s, slabs + travelling)
         return self.accumulation * (forward + backward + self.rest_s) + self.optimizer_s

@@ -17,6 +17,7 @@ ALIGN = 512  # the caching allocator rounds every block up to this
 HEAD_NORM_FAMILIES = ("qwen3",)  # q and k are normed per head, and kept before and after
 VOCABULARY_TILE = 16384  # rows of a head that needs no dequantizing met at a time
 MLP, ATTENTION = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
+LEAVING = 3  # chunks of gate and up that may be on their way to the host at once
 LOSS_ROWS = 2048  # rows of hidden states that meet one tile of the head at a time
 
 
@@ -91,7 +92,15 @@ class Work:
         attention = self.tokens * (s.hidden_size + self._attention_gradients() - 2 * s.intermediate_size) * self.item
         return max(mlp, attention)
 
-    def recompute_work_bytes(self, mlp_chunk: int) -> int:
+    def chunks(self, mlp_chunk: int) -> int:
+        """How many chunks of at most that many tokens a pass has."""
+        return -(-self.tokens // min(mlp_chunk, self.tokens))
+
+    def gate_up_bytes(self, mlp_chunk: int) -> int:
+        """Gate and up of one chunk: C 2 I."""
+        return min(mlp_chunk, self.tokens) * 2 * self.shape.intermediate_size * self.item
+
+    def recompute_work_bytes(self, mlp_chunk: int, away: bool = False) -> int:
         """The backward of a layer that computes everything again, beyond its input: the larger of its two halves.
 
         MLP, C tokens at a time: C (H + 3 I) beside gradient, residual, attention output, q k v = T (2 H + Q + Q + 2 KV).
@@ -102,7 +111,12 @@ class Work:
         h, qkv = s.hidden_size, self.q + 2 * self.kv + self.rotated
         mlp = (self.tokens * (2 * h + self.q + qkv) + c * (h + 3 * s.intermediate_size)) * self.item + self.format_bytes(c, *MLP)
         own = max(self.tokens * self._attention_gradients() * self.item, self.format_bytes(self.tokens, *ATTENTION))
-        return max(mlp, self.tokens * (h + self.q + qkv) * self.item + own)
+        backward = max(mlp, self.tokens * (h + self.q + qkv) * self.item + own)
+        if not away:
+            return backward
+        chunk = self.gate_up_bytes(mlp_chunk)
+        forward = (2 * self.tokens * h + c * (2 * h + 3 * s.intermediate_size)) * self.item + self.format_bytes(c, *MLP)
+        return max(backward + chunk, forward + min(LEAVING, self.chunks(mlp_chunk)) * chunk)
 
     def format_bytes(self, tokens: int, *names: str) -> int:
         """What the format itself allocates for a product of one of these linears with `tokens` rows (quip's rotated rows)."""

@@ -1,7 +1,7 @@
 """The fastest way to train inside a memory budget, decided before anything is loaded. No torch, a few milliseconds.
 
-Speed is given up in this order until a run fits: activations are recomputed instead of stored, their checkpoints move to
-host memory, the embeddings move to the host, the head takes fewer bits, the optimizer's state moves to the host, working
+Speed is given up in this order until a run fits: activations are recomputed instead of stored, or wait in host memory as far
+as the bus carries them there and back in time, their checkpoints move there too, the embeddings move to the host, the head takes fewer bits, the optimizer's state moves to the host, working
 buffers shrink, and last of all layers are streamed from the host. What room is left then buys back stored activations,
 layer by layer. `cost.py` says what each way takes.
 """
@@ -51,6 +51,7 @@ class Plan:
     keep_attention: int = 0  # layers before those that store attention's output
     streamed: int = 0  # layers whose slab stays in host memory
     inputs_on_host: bool = False
+    gate_up_on_host: int = 0  # chunks of layers whose gate and up wait on the host instead of being computed again
     embeddings_on_host: bool = False
     head_bits: int = 16
     optimizer_on_host: bool = False
@@ -70,7 +71,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The decisions, for logs and `--json`."""
-        names = ("keep_all", "keep_attention", "streamed", "inputs_on_host", "embeddings_on_host", "head_bits",
+        names = ("keep_all", "keep_attention", "streamed", "inputs_on_host", "gate_up_on_host", "embeddings_on_host", "head_bits",
                  "optimizer_on_host", "optimizer_bits", "scratch_bytes", "mlp_chunk")  # fmt: skip
         return {n: getattr(self, n) for n in names} | {"words": list(self.words)}
 
@@ -90,7 +91,7 @@ def _leanest(config: TrainConfig, shape: ModelShape, budget: Budget, rates: Rate
     work, n = _work(config, shape, budget), shape.num_hidden_layers
     choice = _sacrifices(work, budget)[-1]
     streamed = n if budget.kind == "vram" and n >= FEWEST_STREAMED else 0
-    return Cost(work, choice, budget.context_bytes, rates, config.gradient_accumulation_steps), Layers(streamed)
+    return Cost(work, choice, budget, rates, config.gradient_accumulation_steps), Layers(streamed)
 
 
 def _tiers(config: TrainConfig, shape: ModelShape, budget: Budget, rates: Rates) -> list[Tier]:
@@ -100,7 +101,7 @@ def _tiers(config: TrainConfig, shape: ModelShape, budget: Budget, rates: Rates)
     """
     work = _work(config, shape, budget)
     choices = _sacrifices(work, budget)
-    costs = [Cost(work, c, budget.context_bytes, rates, config.gradient_accumulation_steps) for c in choices]
+    costs = [Cost(work, c, budget, rates, config.gradient_accumulation_steps) for c in choices]
     tiers: list[Tier] = []
     if budget.kind == "vram":
         least = choices[-1].head_bits
@@ -167,7 +168,7 @@ def _sacrifices(work: Work, budget: Budget) -> list[Choice]:
     if work.tokens > 1024:
         steps = [replace(s, mlp_chunk=c) for s in steps for c in (1 << 30, 4096, 2048) if c == 1 << 30 or c < work.tokens]
         then(mlp_chunk=1024)
-    return steps
+    return [replace(s, gate_up_away=away) for s in steps for away in (True, False)]  # the leaner of the two last
 
 
 def _plan(cost: Cost, kept: Layers, budget: Budget) -> Plan:
@@ -176,13 +177,14 @@ def _plan(cost: Cost, kept: Layers, budget: Budget) -> Plan:
         fits=True,
         components=cost.components(kept),
         budget=budget,
-        host_bytes=cost.host_bytes(kept.streamed),
+        host_bytes=cost.host_bytes(kept.streamed, kept.gate_up),
         step_s=cost.seconds(kept),
         words=_words(cost, kept, budget),
         keep_all=kept.keep_all,
         keep_attention=kept.keep_attention,
         streamed=kept.streamed,
         inputs_on_host=choice.inputs_on_host,
+        gate_up_on_host=kept.gate_up,
         embeddings_on_host=choice.embeddings_on_host,
         head_bits=choice.head_bits,
         optimizer_on_host=choice.optimizer_on_host,
@@ -205,8 +207,8 @@ def _words(cost: Cost, kept: Layers, budget: Budget) -> tuple[str, ...]:
         words.append(f"output layer at {choice.head_bits} bits")
     if choice.optimizer_on_host:
         words.append("optimizer in RAM")
-    if choice.inputs_on_host:
-        words.append("checkpoints of activations in RAM")
+    if choice.inputs_on_host or kept.gate_up:
+        words.append("some activations wait in RAM")
     recomputed = n - kept.keep_all
     words.append(f"activations recomputed in {recomputed} of {n} layers" if recomputed else "activations kept")
     return (*words, budget.note) if budget.note else tuple(words)

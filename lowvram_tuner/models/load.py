@@ -18,7 +18,12 @@ from torch import nn
 
 from kernels.gather import gather_rows
 from lowvram_tuner.config import ConfigError, TrainConfig
-from lowvram_tuner.memory.plan import Budget, Plan
+from lowvram_tuner.hardware.card import read_card
+from lowvram_tuner.hardware.ram import read_ram
+from lowvram_tuner.memory.allocator import cap_allocator
+from lowvram_tuner.memory.budget import GB, Budget
+from lowvram_tuner.memory.plan import Plan
+from lowvram_tuner.memory.reading import plan_chat
 from lowvram_tuner.memory.slabs import Layout, Ring, Slab, make_slab, streamed_layers
 from lowvram_tuner.models.catalogue import ModelShape, shape_from_config, shape_from_values, shape_of
 from lowvram_tuner.models.source import Source, locate
@@ -65,15 +70,18 @@ def load_for_chat(
     model: str, bits: int, method: str, adapter: Path | None, device: str | None = None, progress: Progress | None = None,
     group_size: int = 128,
 ) -> tuple[nn.Module, Any]:  # fmt: skip
-    """(model, tokenizer) for generation: everything resident, the adapter attached as a PEFT model when one is given."""
+    """(model, tokenizer) for generation, resident or streamed as the free memory asks for, the adapter attached as a PEFT
+    model when one is given."""
     from lowvram_tuner.lora.adapter import load_adapter
     from lowvram_tuner.models.precision import pick_device, pick_dtype
     from lowvram_tuner.models.source import load_tokenizer
 
     target = torch.device(device) if device else pick_device()
     tokenizer = load_tokenizer(model)
-    spec = spec_for(TrainConfig(model=model, bits=bits, method=method, group_size=group_size))
-    loaded = load_model(model, spec, chat_plan(target), target, pick_dtype(target), progress)
+    config = TrainConfig(model=model, bits=bits, method=method, group_size=group_size)
+    plan = reading_plan(config, target, plan_chat)
+    cap_allocator(target, plan)
+    loaded = load_model(model, spec_for(config), plan, target, pick_dtype(target), progress)
     loaded.model.eval()
     return (load_adapter(loaded.model, adapter) if adapter else loaded.model), tokenizer
 
@@ -246,7 +254,7 @@ def _replace_linear(layer, name, linear, fmt, slab, scratch, weights, prefix) ->
 
 def _make_ring(layers: nn.ModuleList, hosts: dict[int, torch.Tensor], device: torch.device) -> Ring:
     """Binds the streamed layers' linears to the ring's slots, and has transformers' own forward fetch them too."""
-    ring = Ring(hosts, device)
+    ring = layers.ring = Ring(hosts, device)  # whoever walks the layers themselves finds it there
     for index in hosts:
         linears = {n: m for n, m in layers[index].named_modules() if isinstance(m, QuantLinear)}
         layout = {n: m.format.layout(m.out_features, m.in_features) for n, m in linears.items()}
@@ -311,10 +319,18 @@ def _scratch_bytes(model: nn.Module, plan: Plan, dtype: torch.dtype) -> int:
     return largest * dtype.itemsize
 
 
-def chat_plan(device: torch.device) -> Plan:
-    """Everything resident, nothing for training: how chat and evaluation load a model."""
-    kind = "vram" if device.type == "cuda" else "ram"
-    return Plan(True, {}, Budget(0, 0, 0, kind), host_bytes=0, step_s=0.0, words=(), unpacked=kind == "ram")
+def reading_plan(config: TrainConfig, device: torch.device, plan: Callable[[TrainConfig, ModelShape, Budget], Plan]) -> Plan:
+    """How chat and evaluation load a model on this machine as it is now; `plan` is one of `memory.reading`.
+
+    ConfigError when the card cannot hold it even with its layers streamed.
+    """
+    config = as_stored(config)
+    card = read_card() if device.type == "cuda" else None
+    found = plan(config, shape_for(config.model), Budget.of(config, card, read_ram()))
+    if not found.fits and found.budget.kind == "vram":
+        need, have = found.process_bytes / GB, found.budget.limit_bytes / GB
+        raise ConfigError(f"model={config.model!r} needs {need:.1f} GB and {have:.1f} GB are free; close other programs or take fewer bits.")
+    return found
 
 
 def random_model(config_values: dict[str, Any], spec: QuantSpec, plan: Plan, device: torch.device, dtype: torch.dtype) -> Loaded:

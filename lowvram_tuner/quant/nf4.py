@@ -60,3 +60,22 @@ class NF4(QuantFormat):
         from kernels import reference_nf4
 
         return reference_nf4.dequantize(packed, out, row_start * out.shape[1])
+
+    def merges(self, in_features: int, device: torch.device) -> bool:
+        if device.type != "cuda":
+            return in_features % BLOCK == 0
+        import torch
+
+        return in_features % BLOCK == 0 and torch.cuda.get_device_capability(device) >= (8, 0)  # below, tl.dot is scalar
+
+    def dequantize_merged(
+        self, packed: dict[str, torch.Tensor], out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        import torch
+
+        if out.is_cuda:
+            from kernels import merge_nf4
+
+            return merge_nf4.merge(packed, out, a, b, scaling)
+        whole = self.dequantize(packed, torch.empty(out.shape, dtype=torch.float32))
+        return out.copy_(whole.addmm_(b.float(), a.float(), alpha=scaling))

@@ -97,6 +97,16 @@ class QuantFormat(ABC):
         packed = self.quantize(weight)
         return packed, self.dequantize(packed, torch.empty(weight.shape, dtype=torch.float32, device=weight.device))
 
+    def merges(self, in_features: int, device: torch.device) -> bool:
+        """Whether `dequantize_merged` exists here, and costs a pass over many tokens less than the adapter's own products."""
+        return False
+
+    def dequantize_merged(
+        self, packed: dict[str, torch.Tensor], out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """out = W + scaling * b @ a, rounded once to out's dtype. out: [rows, in]; a: [r, in], b: [rows, r]. Returns out."""
+        raise QuantError(f"{self.spec.method} does not merge an adapter; dequantize, and multiply by it beside.")
+
     def nbytes(self, out_features: int, in_features: int) -> int:
         """Bytes of one packed weight: what loading allocates, and what the planner counts."""
         return sum(t.nbytes for t in self.layout(out_features, in_features).values())

@@ -12,6 +12,7 @@ layer is never computed again, since only its input is needed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from lowvram_tuner.quant.linear import QuantLinear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 INPUT, ATTENTION, ALL = "input", "attention", "all"  # what a layer keeps from forward to backward
+MERGE_ROWS = 256  # tokens of a pass from which the adapter is merged while dequantizing
 
 
 @dataclass
@@ -54,6 +56,8 @@ class LinearGroup:
     """Frozen linears that share their input, with their adapters: y = x [W1; W2; ..]^T + b + s (x A^T) B^T.
 
     A [sum of ranks, in] is one view of the flat adapter; each B stays its own, since the product is block-diagonal.
+    Where many tokens meet a format that can, W + s B A is dequantized instead, and the adapter's products with x and gy
+    are taken once, for its gradients, not in forward, recomputation and backward.
     """
 
     def __init__(self, modules: list[nn.Module], adapter: Adapter | None) -> None:
@@ -64,7 +68,7 @@ class LinearGroup:
             self.edges.append(self.edges[-1] + base.out_features)
         self.out_features = self.edges[-1]
         self.bias = self._bias()
-        self.scaling, self.rank, self.members = 1.0, 0, []
+        self.scaling, self.rank, self.members, self.adapted = 1.0, 0, [], {}
         if adapter is not None:
             self._attach(modules, adapter)
 
@@ -84,6 +88,7 @@ class LinearGroup:
             first = a if first is None else first
             ranks = slice(self.rank, self.rank + a.shape[0])
             self.members.append((slice(self.edges[i], self.edges[i + 1]), ranks, b.detach(), b.grad))
+            self.adapted[i] = (ranks, b.detach())
             self.rank += a.shape[0]
             self.scaling = module.scaling[NAME]
         if first is None:
@@ -93,30 +98,43 @@ class LinearGroup:
         self.a = adapter.parameters[start : start + size].view(self.rank, self.in_features)
         self.grad_a = adapter.gradients[start : start + size].view(self.rank, self.in_features)
 
-    def _whole(self, dtype: torch.dtype) -> bool:
+    def _fits(self, dtype: torch.dtype) -> bool:
         """Whether the group fits the scratch in one piece."""
-        held = self.bases[0].scratch.buffer.numel()
-        return len(self.bases) > 1 and self.bases[0].format.spec.method != "none" and all(b.format.dense for b in self.bases) and (
-            self.out_features * self.in_features * dtype.itemsize <= held
+        return self.out_features * self.in_features * dtype.itemsize <= self.bases[0].scratch.buffer.numel()
+
+    def _whole(self, dtype: torch.dtype) -> bool:
+        """Whether the group is dequantized in one piece and multiplied once."""
+        formats = [base.format for base in self.bases]
+        return len(formats) > 1 and formats[0].spec.method != "none" and all(f.dense for f in formats) and self._fits(dtype)
+
+    def _merges(self, x: torch.Tensor) -> bool:
+        """Whether the adapter is added to the weights while they are dequantized, for a pass over x [T, ..]."""
+        return x.shape[0] >= MERGE_ROWS and bool(self.members) and self._fits(x.dtype) and all(
+            base.format.merges(self.in_features, x.device) for base in self.bases
         )
 
-    def _dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+    def _dequantize(self, dtype: torch.dtype, merged: bool = False) -> torch.Tensor:
         w = self.bases[0].scratch.tile(self.out_features, self.in_features, dtype)
-        for base, start, stop in zip(self.bases, self.edges, self.edges[1:]):
-            base.format.dequantize(base.packed, w[start:stop])
+        for i, (base, start, stop) in enumerate(zip(self.bases, self.edges, self.edges[1:])):
+            if merged and i in self.adapted:
+                ranks, b = self.adapted[i]
+                base.format.dequantize_merged(base.packed, w[start:stop], self.a[ranks], b, self.scaling)
+            else:
+                base.format.dequantize(base.packed, w[start:stop])
         return w
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] to y [T, out]."""
         y = x.new_empty(x.shape[0], self.out_features)
-        if self._whole(x.dtype):
-            torch.mm(x, self._dequantize(x.dtype).t(), out=y)
+        merged = self._merges(x)
+        if merged or self._whole(x.dtype):
+            torch.mm(x, self._dequantize(x.dtype, merged).t(), out=y)
         else:
             for base, start, stop in zip(self.bases, self.edges, self.edges[1:]):
                 base.format.forward(x, base.packed, base.scratch, y[:, start:stop])
         if self.bias is not None:
             y += self.bias
-        if self.members:
+        if self.members and not merged:
             down = x @ self.a.t()  # [T, R]
             for columns, ranks, b, _ in self.members:
                 y[:, columns].addmm_(down[:, ranks], b.t(), alpha=self.scaling)
@@ -124,20 +142,26 @@ class LinearGroup:
 
     def backward(self, gy: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
         """Adds the adapter's gradients and returns gx [T, in]. x: the group's input, not needed without an adapter."""
-        gx = gy.new_empty(gy.shape[0], self.in_features)
-        if self._whole(gy.dtype):
-            torch.mm(gy, self._dequantize(gy.dtype), out=gx)
-        else:
-            gx.zero_()
-            for base, start, stop in zip(self.bases, self.edges, self.edges[1:]):
-                base.format.grad_input(gy[:, start:stop], base.packed, base.scratch, gx)
+        gx, up = self.grad_input(gy)
         if self.members:
-            up = gy.new_empty(gy.shape[0], self.rank)
-            for columns, ranks, b, _ in self.members:
-                torch.mm(gy[:, columns], b, out=up[:, ranks])
-            gx.addmm_(up, self.a, alpha=self.scaling)
             self.adapter_gradients(gy, x, up)
         return gx
+
+    def grad_input(self, gy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """gx [T, in], and with an adapter gy B [T, R], which its gradients need too."""
+        merged = self._merges(gy)
+        if merged or self._whole(gy.dtype):
+            gx = torch.mm(gy, self._dequantize(gy.dtype, merged))
+        else:
+            gx = gy.new_zeros(gy.shape[0], self.in_features)
+            for base, start, stop in zip(self.bases, self.edges, self.edges[1:]):
+                base.format.grad_input(gy[:, start:stop], base.packed, base.scratch, gx)
+        if not self.members:
+            return gx, None
+        up = gy.new_empty(gy.shape[0], self.rank)
+        for columns, ranks, b, _ in self.members:
+            torch.mm(gy[:, columns], b, out=up[:, ranks])
+        return gx if merged else gx.addmm_(up, self.a, alpha=self.scaling), up
 
     def adapter_gradients(self, gy: torch.Tensor, x: torch.Tensor, up: torch.Tensor) -> None:
         """grad A += s (gy B)^T x, grad B += s gy^T (x A^T)."""
@@ -163,8 +187,13 @@ class FusedLayer:
         if hasattr(attn, "q_norm"):
             self.head_norm = HeadNorm(attn.q_norm.weight, attn.k_norm.weight, attn.q_norm.variance_epsilon)
 
-    def forward(self, x: torch.Tensor, sequences: Sequences, keep: str | None) -> tuple[torch.Tensor, Kept]:
-        """x: [T, H]. `keep` None keeps nothing (evaluation). Returns y [T, H] and what backward needs."""
+    def forward(
+        self, x: torch.Tensor, sequences: Sequences, keep: str | None, away: Callable[[int, torch.Tensor], None] | None = None
+    ) -> tuple[torch.Tensor, Kept]:
+        """x: [T, H]. `keep` None keeps nothing (evaluation). Returns y [T, H] and what backward needs.
+
+        away(chunk, gate_up): takes each chunk's gate and up [C, 2 I] elsewhere, so that they are not computed again.
+        """
         kept = Kept(x)
         qkv = self.qkv.forward(self._norm(self.norm1, x)[0])
         rotated, saved = self._attend(qkv, sequences)
@@ -178,13 +207,22 @@ class FusedLayer:
             kept.gate_up = self.gate_up.forward(self._norm(self.norm2, x2)[0])
             return self.down.forward(swiglu(kept.gate_up)).add_(x2), kept
         y = x2.clone() if keep == ATTENTION else x2
-        for part in self._chunks(x.shape[0]):
-            hidden = swiglu(self.gate_up.forward(self._norm(self.norm2, x2[part])[0]))
+        for chunk, part in enumerate(self._chunks(x.shape[0])):
+            gate_up = self.gate_up.forward(self._norm(self.norm2, x2[part])[0])
+            if away is not None:
+                away(chunk, gate_up)
+            hidden = swiglu(gate_up)
+            del gate_up
             y[part] += self.down.forward(hidden)
         return y, kept
 
-    def backward(self, gy: torch.Tensor, kept: Kept, sequences: Sequences) -> torch.Tensor:
-        """The gradient of x from gy [T, H], which is overwritten. Adds to the adapter's gradients and empties `kept`."""
+    def backward(
+        self, gy: torch.Tensor, kept: Kept, sequences: Sequences, back: Callable[[int], torch.Tensor | None] | None = None
+    ) -> torch.Tensor:
+        """The gradient of x from gy [T, H], which is overwritten. Adds to the adapter's gradients and empties `kept`.
+
+        back(chunk): gate and up of a chunk that `away` took, or None; overwritten.
+        """
         x, x2, saved, qkv, rotated = kept.x, kept.x2, kept.attention, kept.qkv, kept.rotated
         h, rstd = self._norm(self.norm1, x)
         if qkv is None:
@@ -196,8 +234,10 @@ class FusedLayer:
         del h
         if x2 is None:
             x2 = self.o.forward(saved.out.flatten(1)).add_(x)
-        for part in [slice(None)] if kept.gate_up is not None else self._chunks(x.shape[0]):
-            self._mlp_backward(gy[part], x2[part], kept.gate_up)
+        for chunk, part in enumerate([slice(None)] if kept.gate_up is not None else self._chunks(x.shape[0])):
+            gate_up = back(chunk) if back is not None and kept.gate_up is None else kept.gate_up
+            self._mlp_backward(gy[part], x2[part], gate_up)
+            del gate_up
         del x2, kept.x2, kept.gate_up
         return self._attention_backward(gy, x, rstd, qkv, rotated, saved, sequences)
 
@@ -206,16 +246,10 @@ class FusedLayer:
         h, rstd = self._norm(self.norm2, x2)
         if gate_up is None:
             gate_up = self.gate_up.forward(h)
-        down = self.down
-        ga = gy.new_empty(gy.shape[0], down.in_features)
-        base = down.bases[0]
-        base.format.grad_input(gy, base.packed, base.scratch, ga.zero_())
-        if down.members:
-            up = gy @ down.members[0][2]
-            ga.addmm_(up, down.a, alpha=down.scaling)
+        ga, up = self.down.grad_input(gy)
         swiglu_backward(gate_up, ga)  # gate_up: its gradient; ga: the input of down
-        if down.members:
-            down.adapter_gradients(gy, ga, up)
+        if up is not None:
+            self.down.adapter_gradients(gy, ga, up)
         del ga
         gh = self.gate_up.backward(gate_up, h)
         rms_norm_backward(gh, x2, self.norm2.weight, rstd, gy)

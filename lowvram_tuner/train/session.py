@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,11 @@ from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.hardware.card import process_bytes, read_card
 from lowvram_tuner.hardware.ram import read_ram
 from lowvram_tuner.lora.adapter import Adapter, attach, load_adapter, load_state
+from lowvram_tuner.memory.allocator import cap_allocator
 from lowvram_tuner.memory.calibrate import measure
 from lowvram_tuner.memory.plan import GB, Budget, Plan, plan_run
-from lowvram_tuner.models.load import Loaded, as_stored, chat_plan, load_model, shape_for, spec_for
+from lowvram_tuner.memory.reading import plan_evaluation
+from lowvram_tuner.models.load import Loaded, as_stored, load_model, reading_plan, shape_for, spec_for
 from lowvram_tuner.models.precision import pick_device, pick_dtype
 from lowvram_tuner.train.fused_layer import supports
 from lowvram_tuner.train.graph import CapturedStep
@@ -30,7 +31,7 @@ from lowvram_tuner.train.hf_step import TransformersStep
 from lowvram_tuner.train.optimizer import Optimizer
 from lowvram_tuner.train.step import FusedStep
 
-LEANER = 0.93  # a plan that ran out of memory is made again for this share of its budget
+LEANER = 0.93  # a plan that ran out of memory is made again for this share of what it allocated
 
 
 @dataclass
@@ -58,15 +59,18 @@ class Session:
 
 
 def make_plan(config: TrainConfig, limit: int | None = None) -> Plan:
-    """The plan for this machine as it is now; `limit` replaces the budget in bytes. ConfigError when nothing fits."""
+    """The plan for this machine as it is now, for `limit` bytes at most. ConfigError when nothing fits."""
     config = as_stored(config)
     device = pick_device()
     card = read_card() if device.type == "cuda" else None
     if card:
         measure(card, pick_dtype(device, config.precision))
+        card = read_card()
+        own = process_bytes(os.getpid())  # a plan counts all of this process, so what it holds already is free to it
+        card = replace(card, free_bytes=card.free_bytes + own, used_bytes=card.used_bytes - own)
     budget = Budget.of(config, card, read_ram())
     if limit is not None:
-        budget = replace(budget, limit_bytes=limit)
+        budget = replace(budget, limit_bytes=min(limit, budget.limit_bytes))
     plan = plan_run(config, shape_for(config.model), budget)
     if not plan.fits:
         offers = "; ".join(r.label for r in plan.remedies) or "choose a smaller model"
@@ -91,43 +95,59 @@ def build(config: TrainConfig, plan: Plan, progress: Callable[[str, float, float
     return Session(config, plan, device, loaded, adapter, optimizer, step)
 
 
-def rebuild_leaner(session: Session, progress: Callable[[str, float, float], None] | None = None) -> Session:
-    """The same run under the next cheaper plan. Raises ConfigError when there is none."""
-    config, (tensors, numbers) = session.config, session.state()
-    limit = int(min(session.plan.process_bytes, session.plan.budget.limit_bytes) * LEANER)
+def build_to_fit(config: TrainConfig, progress: Callable[[str, float, float], None] | None = None) -> Session:
+    """Plans and builds; where the card is out of memory already while loading, again with less."""
+    return _build_within(config, None, progress)
+
+
+def rebuild(
+    session: Session, configs: Iterable[TrainConfig], limit: int, progress: Callable[[str, float, float], None] | None = None
+) -> Session:
+    """The same training state under a plan for at most `limit` bytes, for the first of `configs` that has one.
+
+    The configs say the same training in ever smaller passes. `session` is taken down first, so that both never exist
+    together. Raises ConfigError when none of them fits.
+    """
+    tensors, numbers = session.state()
     session.loaded = session.adapter = session.optimizer = session.step = None
-    free_memory()
-    leaner = build(config, make_plan(config, limit), progress)
-    leaner.restore(tensors, numbers)
-    return leaner
+    refused: ConfigError | None = None
+    for config in configs:
+        try:
+            again = _build_within(config, limit, progress)
+        except ConfigError as error:
+            refused = error
+        else:
+            again.restore(tensors, numbers)
+            return again
+    raise refused
+
+
+def less(plan: Plan) -> int:
+    """The bytes to plan for after `plan` ran out of memory: less of everything but CUDA's own share."""
+    context = plan.components["context"]
+    return context + int((min(plan.process_bytes, plan.budget.limit_bytes) - context) * LEANER)
+
+
+def _build_within(config: TrainConfig, limit: int | None, progress: Any) -> Session:
+    while True:
+        free_memory()
+        plan = make_plan(config, limit)
+        try:
+            return build(config, plan, progress)
+        except torch.OutOfMemoryError:
+            limit = less(plan)  # what was loaded is held by the traceback, and free only after this block
 
 
 def open_for_reading(config: TrainConfig, adapter: Path | None) -> tuple[FusedStep | TransformersStep, torch.device]:
     """A step that only evaluates: the model of a config, with a saved adapter when one is given."""
     device = pick_device()
-    plan = chat_plan(device)
+    plan = reading_plan(config, device, plan_evaluation)
+    cap_allocator(device, plan)
     loaded = load_model(config.model, spec_for(config), plan, device, pick_dtype(device, config.precision))
     attached = load_adapter(loaded.model, adapter) if adapter else None
     if supports(loaded.model, config.max_seq_length):
         return FusedStep(loaded, attached, plan, config.max_seq_length), device
     return TransformersStep(loaded, attached), device
-
-
-def cap_allocator(device: torch.device, plan: Plan) -> None:
-    """Caps PyTorch's allocator at the budget, so that a driver cannot silently spill into system memory.
-
-    Also has it grow segments in place, which leaves no gaps between them, and cuBLAS take 8 MB a stream instead of 32.
-    To be called before anything runs on the card.
-    """
-    if device.type != "cuda":
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
-    if sys.platform == "linux":
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-    if plan.budget.limit_bytes:
-        total = torch.cuda.get_device_properties(device).total_memory
-        share = (plan.budget.limit_bytes - plan.budget.context_bytes) / total
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.01)), device)
 
 
 def memory_now(device: torch.device, context: int) -> tuple[int, int]:

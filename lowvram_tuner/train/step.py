@@ -14,6 +14,7 @@ import torch
 from kernels.gather import gather_rows
 from kernels.norm import rms_norm, rms_norm_backward
 from lowvram_tuner.lora.adapter import Adapter
+from lowvram_tuner.memory.offload import GateUpAway, HostStore
 from lowvram_tuner.memory.plan import Plan
 from lowvram_tuner.models.load import Loaded
 from lowvram_tuner.train.fused_layer import ALL, ATTENTION, INPUT, FusedLayer, Kept, Sequences
@@ -54,47 +55,6 @@ def to_batch(flat, device: torch.device, max_len: int, round_targets: int = 64, 
     return Batch(*moved, max_len=max_len, counted=len(targets), tokens=int(np.count_nonzero(flat.position_ids)) + len(edges) - 1)
 
 
-class HostInputs:
-    """Checkpoints of hidden states in pinned host memory, copied out and back on a stream of their own."""
-
-    def __init__(self, layers: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.host = torch.empty(layers, *shape, dtype=dtype, pin_memory=True)
-        self.stream = torch.cuda.Stream(device)
-        self.waiting: dict[int, torch.Tensor] = {}
-        self.leaving: torch.Tensor | None = None
-
-    def put(self, layer: int, x: torch.Tensor) -> None:
-        """Starts copying x out, and holds it until the next call: by then the copy has had a layer's time to finish.
-
-        `Tensor.record_stream` would free x by itself, but a graph being captured never reuses such memory.
-        """
-        self.settle()
-        self.leaving = x
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self.host[layer][: x.shape[0]].copy_(x, non_blocking=True)
-
-    def settle(self) -> None:
-        """Makes the current stream wait for the copy under way, if there is one."""
-        if self.leaving is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.leaving = None
-
-    def prefetch(self, layer: int, like: torch.Tensor) -> None:
-        """Starts copying a layer's input back."""
-        if layer < 0:
-            return
-        self.waiting[layer] = torch.empty_like(like)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self.waiting[layer].copy_(self.host[layer][: like.shape[0]], non_blocking=True)
-
-    def get(self, layer: int) -> torch.Tensor:
-        """The layer's input, once its copy is done."""
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return self.waiting.pop(layer)
-
-
 class FusedStep:
     """Forward and backward of a model of `fused_layer.FAMILIES` under a plan."""
 
@@ -105,9 +65,13 @@ class FusedStep:
         self.final_norm, self.rotary, self.table = inner.norm, inner.rotary_emb, inner.embed_tokens.weight
         cap = getattr(config, "final_logit_softcapping", None) or 0.0
         self.head = Head(loaded.head, self.table, loaded.scratch, cap)
-        self.inputs = None
-        if plan.inputs_on_host and loaded.device.type == "cuda":
-            self.inputs = HostInputs(len(self.layers), (max_tokens, config.hidden_size), loaded.dtype, loaded.device)
+        again = [i for i in range(len(self.layers)) if self.keep_level(i) != ALL]
+        self.inputs = self.gate_up = None
+        if plan.inputs_on_host and max_tokens:
+            self.inputs = HostStore(len(again), (max_tokens, config.hidden_size), loaded.dtype, loaded.device)
+        if plan.gate_up_on_host and max_tokens:
+            columns = self.layers[0].gate_up.out_features
+            self.gate_up = GateUpAway(again, max_tokens, plan.mlp_chunk, plan.gate_up_on_host, columns, loaded.dtype, loaded.device)
 
     def keep_level(self, layer: int) -> str:
         """What a layer keeps: the last ones everything, the ones before attention's output, the first their input."""
@@ -122,10 +86,12 @@ class FusedStep:
         sequences = self._sequences(batch)
         x = gather_rows(batch.input_ids, self.table)
         kept: list[Kept | None] = []
+        if self.gate_up is not None:
+            self.gate_up.begin(len(x))
         for index, layer in enumerate(self.layers):
             self._enter(index, +1)
             level = self.keep_level(index)
-            y, saved = layer.forward(x, sequences, level)
+            y, saved = layer.forward(x, sequences, level, self.gate_up and self.gate_up.takes(index))
             if self.inputs is not None and level == INPUT:
                 self.inputs.put(index, x)
                 saved.x = None
@@ -136,12 +102,14 @@ class FusedStep:
             self.inputs.settle()
         total, gx = self._loss(x, batch, scale)
         del x
+        if self.gate_up is not None:
+            self.gate_up.turn()
         for index in reversed(range(len(self.layers))):
             self._enter(index, -1)
             saved, kept[index] = kept[index], None
             if self.inputs is not None:
                 saved = self._bring_back(index, saved, kept, gx)
-            gx = self.layers[index].backward(gx, saved, sequences)
+            gx = self.layers[index].backward(gx, saved, sequences, self.gate_up and self.gate_up.gives(index))
         self._leave()
         return total
 
@@ -186,16 +154,18 @@ class FusedStep:
         self.ring.prefetch(self.ring.neighbour(index, direction))
 
     def _leave(self) -> None:
-        """Joins the copy stream, so that a captured pass is complete and the next one starts from a known state."""
+        """Joins the copy streams, so that a captured pass is complete and the next one starts from a known state."""
         if self.ring is not None and self.ring.stream is not None:
             torch.cuda.current_stream().wait_stream(self.ring.stream)
             self.ring.reset()
+        for store in (self.inputs, self.gate_up and self.gate_up.store):
+            if store is not None:
+                store.leave()
 
     def _bring_back(self, index: int, saved: Kept, kept: list[Kept | None], gx: torch.Tensor) -> Kept:
+        """The layer's input from the host, and the one before it on its way."""
         if saved.x is None:
-            if index not in self.inputs.waiting:
-                self.inputs.prefetch(index, gx)
-            saved.x = self.inputs.get(index)
+            saved.x = self.inputs.get(index, len(gx))
         if index and kept[index - 1].x is None:
-            self.inputs.prefetch(index - 1, gx)
+            self.inputs.prefetch(index - 1, len(gx))
         return saved

@@ -46,7 +46,7 @@ def cases(half):
     import torch
     from triton.runtime.jit import MockTensor
 
-    from kernels import adamw, dequant_nf4, gather, loss, norm, rope, swiglu
+    from kernels import adamw, dequant_nf4, gather, loss, merge_nf4, norm, rope, swiglu
 
     def t(dtype):
         return MockTensor(dtype, [1 << 20])
@@ -57,6 +57,9 @@ def cases(half):
         for double in (True, False):
             absmax = u8 if double else f32
             yield dequant_nf4._dequantize_kernel, (u8, absmax, f32, f32, f32, f32, out, 0, 4096), {"DOUBLE": double, "BLOCKS": 32}
+    for rank in (16, 128):
+        sizes = {"DOUBLE": True, "RANK": rank, "ROWS": merge_nf4.ROWS}
+        yield merge_nf4._merge_kernel, (u8, u8, f32, f32, f32, f32, x, x, x, 0, 4096, 4096, rank, 2.0), sizes
     yield norm._forward_kernel, (x, x, x, f32, 4096, 4096, 1e-5), {"BLOCK": 4096}
     yield norm._backward_kernel, (x, x, x, f32, x, 4096, 4096), {"BLOCK": 4096}
     for has_norm in (True, False):

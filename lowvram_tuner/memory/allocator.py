@@ -1,0 +1,31 @@
+"""Holds PyTorch's allocator to a plan's budget."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from lowvram_tuner.memory.plan import Plan
+
+
+def cap_allocator(device: torch.device, plan: Plan) -> None:
+    """Caps PyTorch's allocator at the budget, so that a driver cannot silently spill into system memory.
+
+    Also has it grow segments in place, which leaves no gaps between them, take pinned memory as asked for and not up to twice
+    that (it rounds to powers of two; torch before 2.13 knows no other way), and cuBLAS take 8 MB a stream instead of 32.
+    To be called before anything runs on the card.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    settings = ["expandable_segments:True"] if sys.platform == "linux" else []
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13):
+        settings.append("pinned_max_round_threshold_mb:16")
+    if settings:
+        torch.cuda.memory._set_allocator_settings(",".join(settings))
+    if plan.budget.limit_bytes:
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = (plan.budget.limit_bytes - plan.budget.context_bytes) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.01)), device)

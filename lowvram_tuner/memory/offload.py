@@ -1,0 +1,139 @@
+"""Activations that wait in pinned host memory from forward to backward, copied while the card computes.
+
+The bus is idle towards the host during a step (slabs only come in), so what backward would have to compute again may go out
+instead: the layers' inputs, and gate and up, whose recomputation is most of a layer's. A copy out holds its tensor until a
+few later ones were begun; a copy back is started one ahead of its use.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+
+from lowvram_tuner.memory.estimate import LEAVING
+
+
+class HostStore:
+    """Rows of activations on the host, by unit: a layer, or a part of one. Without CUDA it copies at once, for tests.
+
+    shape: (rows, columns) of the largest unit. depth: copies out that may be under way at once; each keeps its tensor alive.
+    """
+
+    def __init__(self, units: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, depth: int = 1) -> None:
+        cuda = device.type == "cuda"
+        self.host = [torch.empty(shape, dtype=dtype, pin_memory=cuda) for _ in range(units)]
+        self.stream = torch.cuda.Stream(device) if cuda else None
+        self.depth = depth
+        self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self.coming: dict[int, tuple[torch.Tensor, torch.cuda.Event | None]] = {}
+
+    def put(self, unit: int, x: torch.Tensor) -> None:
+        """Starts copying x out; its memory is free again once `depth` later copies were begun, or after `settle`.
+
+        `Tensor.record_stream` would free x by itself, but a graph being captured never reuses such memory.
+        """
+        target = self.host[unit][: x.shape[0]]
+        if self.stream is None:
+            target.copy_(x)
+            return
+        self.settle(self.depth - 1)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            target.copy_(x, non_blocking=True)
+        self.leaving.append((x, self.stream.record_event()))
+
+    def settle(self, left: int = 0) -> None:
+        """Makes the current stream wait for all copies out but the `left` newest, and lets go of their tensors."""
+        while len(self.leaving) > left:
+            torch.cuda.current_stream().wait_event(self.leaving.popleft()[1])
+
+    def prefetch(self, unit: int, rows: int) -> None:
+        """Starts copying a unit back, unless it is on its way."""
+        if unit in self.coming:
+            return
+        host = self.host[unit][:rows]
+        if self.stream is None:
+            self.coming[unit] = (host.clone(), None)
+            return
+        like = torch.empty(host.shape, dtype=host.dtype, device=self.stream.device)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            like.copy_(host, non_blocking=True)
+        self.coming[unit] = (like, self.stream.record_event())
+
+    def get(self, unit: int, rows: int) -> torch.Tensor:
+        """A unit's rows, once their copy is done."""
+        self.prefetch(unit, rows)
+        tensor, arrived = self.coming.pop(unit)
+        if arrived is not None:
+            torch.cuda.current_stream().wait_event(arrived)
+        return tensor
+
+    def leave(self) -> None:
+        """Joins the copies, so that a captured pass is complete."""
+        self.settle()
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+
+class GateUpAway:
+    """Which chunks' gate and up wait on the host, and in which order they come back.
+
+    A unit is one chunk of tokens of one layer. The units that go are spread evenly over forward, so that the bus is busy all
+    the time. layers: those that compute their MLP again. rows: tokens of a chunk; columns: 2 I.
+    """
+
+    def __init__(
+        self, layers: list[int], tokens: int, rows: int, away: int, columns: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.rows = min(rows, tokens)
+        chunks = -(-tokens // self.rows)
+        units = [(layer, chunk) for layer in layers for chunk in range(chunks)]
+        away = min(away, len(units))
+        chosen = [units[(i * len(units) + len(units) // 2) // away] for i in range(away)]
+        self.slot = {unit: i for i, unit in enumerate(chosen)}
+        self.backward = sorted(chosen, key=lambda unit: (-unit[0], unit[1]))
+        self.store = HostStore(len(chosen), (self.rows, columns), dtype, device, min(LEAVING, chunks))
+
+    def begin(self, tokens: int) -> None:
+        """A pass over `tokens`, which may be fewer than the most."""
+        present = [unit for unit in self.backward if unit[1] * self.rows < tokens]
+        self.tokens, self.next = tokens, dict(pairwise(present))
+        self.first = present[0] if present else None
+
+    def takes(self, layer: int) -> Callable[[int, torch.Tensor], None]:
+        """`away` of `FusedLayer.forward`."""
+
+        def put(chunk: int, gate_up: torch.Tensor) -> None:
+            if (layer, chunk) in self.slot:
+                self.store.put(self.slot[layer, chunk], gate_up)
+
+        return put
+
+    def turn(self) -> None:
+        """Between forward and backward: all copies out are done, the first copy back begins."""
+        self.store.settle()
+        self._prefetch(self.first)
+
+    def gives(self, layer: int) -> Callable[[int], torch.Tensor | None]:
+        """`back` of `FusedLayer.backward`."""
+
+        def get(chunk: int) -> torch.Tensor | None:
+            unit = (layer, chunk)
+            if unit not in self.slot:
+                return None
+            gate_up = self.store.get(self.slot[unit], self._count(unit))
+            self._prefetch(self.next.get(unit))
+            return gate_up
+
+        return get
+
+    def _prefetch(self, unit: tuple[int, int] | None) -> None:
+        if unit is not None:
+            self.store.prefetch(self.slot[unit], self._count(unit))
+
+    def _count(self, unit: tuple[int, int]) -> int:
+        return min(self.rows, self.tokens - unit[1] * self.rows)
