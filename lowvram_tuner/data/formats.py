@@ -95,7 +95,7 @@ def detect(rows: list[dict[str, Any]], given: dict[str, str], file: str) -> Layo
             if found:
                 roles[role] = found[0]
             if len(found) > 1 and role in ("prompt", "completion", "text"):
-                doubts.append(f"{file}: {', '.join(found)} could each be the {role}; {found[0]} is used")
+                doubts.append(f"{', '.join(found)} could each be the {role}; {found[0]} is used")
     return _layout(rows, roles, {r for r in given if r in roles}, columns, tuple(doubts), file)
 
 

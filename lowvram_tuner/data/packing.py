@@ -42,6 +42,7 @@ class MicroBatch:
     cu_seqlens: np.ndarray  # [n + 1] int32
     targets: int
     max_len: int
+    tokens: int  # of the examples, without padding
 
 
 class Plan(Sequence):
@@ -156,5 +157,5 @@ def collate(examples: Sequence, micro_batch: list[list[int]], max_seq_length: in
     for start, stop in pairwise(cu_seqlens):
         position_ids[start:stop] = np.arange(stop - start)
     return MicroBatch(
-        input_ids, labels, position_ids, cu_seqlens, int((labels != IGNORED).sum()), max(lengths + pads, default=0)
+        input_ids, labels, position_ids, cu_seqlens, int((labels != IGNORED).sum()), max(lengths + pads, default=0), used
     )

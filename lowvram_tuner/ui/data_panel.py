@@ -10,7 +10,15 @@ from lowvram_tuner.config import ConfigError
 from lowvram_tuner.data.names import KINDS, ROLES, UNUSED, column_items
 from lowvram_tuner.ui.controls import to_config
 from lowvram_tuner.ui.data_check import DataCheck
-from lowvram_tuner.ui.data_view import facts_html, report_of, rows_html, suggested_length, words_html
+from lowvram_tuner.ui.data_view import (
+    facts_html,
+    lengths_html,
+    problems_html,
+    report_of,
+    rows_html,
+    suggested_length,
+    words_html,
+)
 from lowvram_tuner.ui.desk import Desk
 from lowvram_tuner.ui.train_view import length_cost, missing_data
 
@@ -32,16 +40,25 @@ class DataPanel:
             with gr.Column(scale=0, min_width=400, elem_id="data-left"):
                 with gr.Column(elem_classes="card"):
                     self.facts = gr.HTML("", elem_id="data-facts")
-                    self.use_length = gr.Button("", size="sm", elem_id="data-length", visible=False)
                 with gr.Column(elem_classes="card", elem_id="data-columns"):
                     gr.HTML('<h3 class="group">What the columns hold</h3>')
                     self.roles = {
                         role: gr.Dropdown([("automatic", AUTOMATIC)], value=AUTOMATIC, label=label, filterable=False, elem_id=f"role-{role}", min_width=150)
                         for role, label in ROLES.items()
                     }
+                with gr.Column(elem_classes="card"):
+                    self.lengths = gr.HTML("", elem_id="data-lengths")
+                    self.use_length = gr.Button("", size="sm", elem_id="data-length", visible=False)
+                with gr.Column(elem_classes="card"):
+                    self.problems = gr.HTML("", elem_id="data-problems")
             with gr.Column(scale=1, min_width=480, elem_id="data-right", elem_classes="card"):
                 self.first = gr.Number(1, label="Rows from number", minimum=1, step=ROWS, elem_id="data-first", interactive=True)
                 self.rows = gr.HTML("", elem_id="data-preview")
+
+    @property
+    def html(self) -> dict[str, gr.HTML]:
+        """The parts of `look` that are plain HTML."""
+        return {"data_facts": self.facts, "data_lengths": self.lengths, "data_problems": self.problems, "data_rows": self.rows}
 
     def look(self, values: dict[str, Any], first: Any, busy: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """(what to show by part, the report for Start and the estimate). `busy`: a run needs the machine, nothing new is read."""
@@ -52,7 +69,9 @@ class DataPanel:
         label = f"Use {length:,} tokens, which suit this data{length_cost(self.desk, values, length)}" if length else ""
         said = {
             "data_words": words_html(dataset, missing, answer, busy),
-            "data_facts": facts_html(answer, values.get("max_seq_length"), missing, busy),
+            "data_facts": facts_html(answer, missing, busy),
+            "data_lengths": lengths_html(answer, values.get("max_seq_length")),
+            "data_problems": problems_html(answer),
             "data_rows": rows_html(answer),
             "use_length": label,
             "roles": (busy, *(_role_choices(role, values.get("columns"), answer) for role in ROLES)),
@@ -92,5 +111,5 @@ def _role_choices(role: str, columns: Any, answer: dict[str, Any] | None) -> tup
     names = dict.fromkeys(c for f in files for c in f["columns"])
     if chosen not in (AUTOMATIC, UNUSED):
         names.setdefault(chosen)
-    automatic = f"automatic: {', '.join(found)}" if found else "automatic"
+    automatic = f"automatic: {found[0]}" if len(found) == 1 else "automatic, by file" if found else "automatic"
     return chosen, ((automatic, AUTOMATIC), ("not used", UNUSED), *((name, name) for name in names))

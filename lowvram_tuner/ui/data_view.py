@@ -32,16 +32,45 @@ def words_html(dataset: str, missing: str, answer: Answer | None, busy: bool = F
     return f'<p class="quiet{" warn" if report.get("dropped") else ""}">{escape(" · ".join(p for p in parts if p))}</p>'
 
 
-def facts_html(answer: Answer | None, limit: Any = None, missing: str = "", busy: bool = False) -> str:
-    """Counts, files, lengths and problems by line. limit: the sequence length, marked among the lengths."""
+def facts_html(answer: Answer | None, missing: str = "", busy: bool = False) -> str:
+    """Counts and files, or why there are none."""
     if answer is None:
         text = missing or ("A run is in progress; the data is looked at again afterwards." if busy else "Reading the data …")
         return f'<p class="quiet{" warn" if missing else ""}">{escape(text)}</p>'
     failed = f'<p class="quiet warn">{escape(answer["error"])}</p>' if answer.get("error") else ""
-    if "report" not in answer:
-        return failed
-    report = answer["report"]
-    return f"{failed}{_facts(answer)}{_files(answer['files'])}{_lengths(report, limit)}{_problems(report['problems'])}"
+    return f"{failed}{_facts(answer)}{_files(answer['files'])}" if "report" in answer else failed
+
+
+def lengths_html(answer: Answer | None, limit: Any) -> str:
+    """The histogram of the rows' lengths; bars beyond the sequence length `limit` are striped."""
+    report = (answer or {}).get("report") or {}
+    bins = report.get("histogram") or {}
+    counts, edges = bins.get("counts") or [], bins.get("edges") or []
+    if not any(counts):
+        return '<p class="quiet">The lengths of the rows appear here.</p>'
+    most, limit = max(counts), limit if isinstance(limit, (int, float)) else float("inf")
+    bars = "".join(
+        f'<i{" class=over" if edges[i] >= limit else ""} style="height:{100 * n / most:.0f}%" '
+        f'title="{edges[i]:,} to {edges[i + 1]:,} tokens: {count(n, "row")}"></i>'
+        for i, n in enumerate(counts)
+    )
+    said = f"Lengths of the rows: {edges[0]:,} to {edges[-1]:,} tokens, the longest has {report['longest']:,}"
+    beyond = f" Striped: longer than {limit:,}." if edges[-2] >= limit else ""
+    return (
+        f'<h4>Lengths</h4><div class="lengths" role="img" aria-label="{said}">{bars}</div>'
+        f'<p class="lengths-axis"><span>{edges[0]:,}</span><span>{edges[-1]:,} tokens</span></p>'
+        f'<p class="quiet">Highest bar: {count(most, "row")}. Longest row: {count(report["longest"], "token")}.{beyond}</p>'
+    )
+
+
+def problems_html(answer: Answer | None) -> str:
+    """What is wrong or special, by line, with reason and count."""
+    problems = ((answer or {}).get("report") or {}).get("problems") or []
+    if not problems:
+        return f'<p class="quiet">{"No problems found." if answer else "Problems appear here by line."}</p>'
+    items = "".join(f"<li>{escape(_problem(p))}</li>" for p in problems[:_PROBLEMS_SHOWN])
+    rest = len(problems) - _PROBLEMS_SHOWN
+    return f'<h4>Problems</h4><ul class="notes">{items}{f"<li>and {rest:,} more kinds</li>" if rest > 0 else ""}</ul>'
 
 
 def rows_html(answer: Answer | None) -> str:
@@ -52,7 +81,8 @@ def rows_html(answer: Answer | None) -> str:
         '<p class="quiet token-key"><span class="t on">learned</span> <span class="t">read only</span> '
         '<span class="t sp">special token</span></p>'
     )
-    return f'{key}<ol class="examples">{"".join(_row(r) for r in answer["rows"])}</ol>'
+    several = len(answer.get("files") or []) > 1
+    return f'{key}<ol class="examples">{"".join(_row(r, several) for r in answer["rows"])}</ol>'
 
 
 def report_of(answer: Answer | None) -> Answer | None:
@@ -96,8 +126,9 @@ def _files(files: list[Answer]) -> str:
     return f'<ul class="notes">{"".join(items)}</ul>'
 
 
-def _row(row: Answer) -> str:
-    facts = [f"Row {row['row']:,}", f"line {row['line']:,}" if row.get("line") else "", count(row["length"], "token") if row["length"] else ""]
+def _row(row: Answer, named: bool) -> str:
+    """One row; `named`: with its file, where there are several."""
+    facts = [f"Row {row['row']:,}", row["file"] if named else "", f"line {row['line']:,}" if row.get("line") else "", count(row["length"], "token") if row["length"] else ""]
     facts += ["cut"] if row["truncated"] else []
     facts += ["held out"] if row["held_out"] else []
     head = f"<h4>{escape(' · '.join(f for f in facts if f))}</h4>"
@@ -118,38 +149,9 @@ def _visible(text: str) -> str:
     return escape(text).replace("\n", "⏎<br>")
 
 
-def _problems(problems: list[Any]) -> str:
-    if not problems:
-        return ""
-    items = "".join(f"<li>{escape(_problem(p))}</li>" for p in problems[:_PROBLEMS_SHOWN])
-    rest = len(problems) - _PROBLEMS_SHOWN
-    return f'<h4>Problems</h4><ul class="notes">{items}{f"<li>and {rest:,} more kinds</li>" if rest > 0 else ""}</ul>'
-
-
 def _problem(problem: Answer) -> str:
     """One kind of problem: where it stands first, what it is, how often."""
     where = " ".join(filter(None, [problem.get("file", ""), f"line {problem['line']:,}" if problem.get("line") else ""]))
     often = f" ({problem['count']:,} times)" if problem.get("count", 1) > 1 else ""
-    fate = "" if problem.get("dropped", True) else " Kept."
-    return f"{where}: {problem['reason']}{often}{fate}".lstrip(": ")
-
-
-def _lengths(report: Answer, limit: Any) -> str:
-    """The histogram; bars beyond the sequence length `limit` stand out."""
-    bins = report.get("histogram") or {}
-    counts, edges = bins.get("counts") or [], bins.get("edges") or []
-    if not any(counts):
-        return ""
-    most, limit = max(counts), limit if isinstance(limit, (int, float)) else float("inf")
-    bars = "".join(
-        f'<i{" class=over" if edges[i] >= limit else ""} style="height:{100 * n / most:.0f}%" '
-        f'title="{edges[i]:,} to {edges[i + 1]:,} tokens: {count(n, "row")}"></i>'
-        for i, n in enumerate(counts)
-    )
-    said = f"Lengths of the rows: {edges[0]:,} to {edges[-1]:,} tokens, the longest has {report['longest']:,}"
-    beyond = f" Bars in another pattern are longer than {limit:,} tokens." if edges[-2] >= limit else ""
-    return (
-        f'<h4>Lengths</h4><div class="lengths" role="img" aria-label="{said}">{bars}</div>'
-        f'<p class="lengths-axis"><span>{edges[0]:,}</span><span>{edges[-1]:,} tokens</span></p>'
-        f'<p class="quiet">The longest row has {count(report["longest"], "token")}, the highest bar stands for {count(most, "row")}.{beyond}</p>'
-    )
+    fate = "" if problem.get("dropped", True) else ". Kept."
+    return f"{where}: {problem['reason'].rstrip('.')}{often}{fate}".lstrip(": ")

@@ -63,7 +63,7 @@ class TrainTab:
     def build_data(self) -> None:
         """Builds the Data tab inside the caller's `gr.Tab`; it shows the data that this tab names."""
         self.data.build()
-        self.html |= {"data_facts": self.data.facts, "data_rows": self.data.rows}
+        self.html |= self.data.html
 
     def _memory(self) -> None:
         for part, elem_id in (("bar", "vram-gauge"), ("verdict", "verdict")):

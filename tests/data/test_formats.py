@@ -94,7 +94,7 @@ def test_a_wrong_mapping_is_refused(columns, words):
 def test_ambiguous_columns_are_told():
     layout = detect([{"question": "q", "answer": "a", "response": "b"}], {}, "a.csv")
     assert layout.roles["completion"] == "response"
-    assert layout.doubts == ("a.csv: response, answer could each be the completion; response is used",)
+    assert layout.doubts == ("response, answer could each be the completion; response is used",)
 
 
 def test_system_prompt_override_replaces_every_systems():

@@ -115,7 +115,7 @@ def serve(root, port):
         desk.read_card = lambda: Card("NVIDIA GeForce RTX 3060 Laptop GPU", 6_441_000_000, 5_741_000_000, 700_000_000, "580.65.06", (8, 6), 0, "GPU-1")
     me = (sys.executable, __file__)
     real = desk.Desk(root, Supervisor(Path(root).resolve(), (*me, "train")))
-    serve.serve(root, port=int(port), browser=False, desk=real, client=ChatClient(real.root, (*me, "chat")), check=DataCheck((*me, "probe")))
+    serve.serve(root, port=int(port), browser=False, desk=real, client=ChatClient(real.root, (*me, "chat")), check=DataCheck() if os.environ.get("REAL_DATA") else DataCheck((*me, "probe")))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
+from lowvram_tuner.data import names
 from lowvram_tuner.train.run_dir import list_runs
 
 pytestmark = pytest.mark.browser
@@ -176,15 +176,16 @@ def test_a_killed_worker_is_noticed_and_its_run_goes_on(fresh, quick_demo):
     until(quick_demo, "progress", r"Finished after 80 steps")
 
 
-def test_a_dropped_file_becomes_the_data(fresh, tab):
+def test_dropped_files_become_the_data(fresh, tab):
     page = tab(fresh.address)
     page.evaluate("""() => {
       const files = new DataTransfer();
-      files.items.add(new File(['{"messages": []}\\n'], 'Grüße.jsonl'));
+      for (const name of ['Grüße, viele.jsonl', 'more.jsonl']) files.items.add(new File([`{"messages": "${name}"}\\n`], name));
       document.querySelector('#dataset').dispatchEvent(new DragEvent('drop', {bubbles: true, cancelable: true, dataTransfer: files}));
     }""")
-    page.wait_for_function("document.querySelector('#dataset textarea').value.endsWith('.jsonl')")
-    assert Path(page.locator("#dataset textarea").input_value()).is_relative_to(fresh.root / ".uploads")
+    page.wait_for_function("document.querySelector('#dataset textarea').value.endsWith('more.jsonl')")
+    parts = names.split(page.locator("#dataset textarea").input_value())
+    assert len(parts) == 2 and all(part.path.is_relative_to(fresh.root / ".uploads") for part in parts)
     until(page, "data-words", "2 rows")
 
 
@@ -235,15 +236,18 @@ def test_nothing_jumps_while_it_polls(fresh, quick_demo):
     until(page, "progress", r"Training: step")
     page.get_by_text("Where every byte goes").click()
     page.wait_for_selector("#bytes table")
-    page.get_by_text("Look at the data").click()
+    page.evaluate("window.scrollTo(0, 60)")
+    place = page.evaluate("window.scrollY")
+    page.wait_for_timeout(2500)
+    assert page.locator("#bytes table").is_visible()
+    assert place > 0 and page.evaluate("window.scrollY") == pytest.approx(place, abs=2)
+    page.get_by_role("tab", name="Data").click()
     page.locator("#data-first input").click()
     page.keyboard.type("2")
-    page.evaluate("window.scrollTo(0, 150)")
-    page.wait_for_timeout(3500)
+    page.wait_for_timeout(2500)
     assert page.evaluate("document.activeElement.closest('#data-first') !== null")
-    assert page.locator("#bytes table").is_visible()
-    assert page.evaluate("window.scrollY") == pytest.approx(150, abs=2)
     assert page.locator("#data-first input").input_value() == "12"
+    assert page.locator("#role-prompt input").is_disabled()
 
 
 def test_the_first_screen_needs_no_scrolling(fresh, tab):
@@ -272,11 +276,12 @@ def test_the_form_survives_a_reload_and_an_open_panel_too(fresh, quick_demo):
 
 def test_text_of_the_data_is_inert(fresh, tab):
     page = tab(fresh.address)
-    page.get_by_text("Look at the data").click()
+    page.get_by_role("button", name="Look at it").click()
     shown = until(page, "data-preview", "Keeper")
     assert "<img src=x onerror" in shown and "Grüße, 你好" in shown
     assert page.locator("#data-preview .tokens .t.on").first.inner_text() == "Keeper"
-    assert page.locator("#data-preview img, #data-preview script").count() == 0
+    assert "field 'text' is empty" in text(page, "data-problems")
+    assert page.locator("#data img, #data script").count() == 0
     assert page.evaluate("window.pwned") is None
     assert "Use 64 tokens" in page.locator("#data-length").inner_text()
 

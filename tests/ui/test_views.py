@@ -20,7 +20,7 @@ from lowvram_tuner.ui import words
 from lowvram_tuner.ui.chat_tab import Turn, messages, shown, status_html
 from lowvram_tuner.ui.controls import to_config
 from lowvram_tuner.ui.data_panel import DataPanel, _role_choices
-from lowvram_tuner.ui.data_view import facts_html, report_of, rows_html, words_html
+from lowvram_tuner.ui.data_view import facts_html, lengths_html, problems_html, report_of, rows_html, words_html
 from lowvram_tuner.ui.desk import Desk
 from lowvram_tuner.ui.run_view import answers_html, done_share, notes_html, progress_html
 from lowvram_tuner.ui.runs_view import compare_html, table_html
@@ -205,19 +205,24 @@ def preview(**changes):
 
 
 def test_the_data_is_shown_inert_with_what_is_learned():
-    html = facts_html(preview(), 48) + rows_html(preview()) + words_html(EVIL, EVIL, None) + words_html("x", "", preview(error=EVIL))
+    html = facts_html(preview()) + lengths_html(preview(), 48) + problems_html(preview()) + rows_html(preview()) + words_html(EVIL, EVIL, None) + words_html("x", "", preview(error=EVIL))
     assert "<img" not in html and "<script" not in html
     assert '<span class="t on">Grüße 你好</span>' in html
     assert "and 10 tokens more" in html
 
 
 def test_the_counts_and_lengths_of_the_data():
-    html = facts_html(preview(), 32)
+    html = facts_html(preview())
     for name, figure in (("kept", "9"), ("dropped", "1"), ("cut to the length", "0"), ("split into several", "2"), ("held out to measure", "1 example")):
         assert f"<dt>{name}</dt><dd>{figure}</dd>" in html
-    assert html.count('<i class=over') == 1 and "longer than 32 tokens" in html
-    assert "class=over" not in facts_html(preview(), 64)
-    assert "10 so far, there are more" in facts_html(preview(complete=False), 64)
+    html = lengths_html(preview(), 32)
+    assert html.count("<i class=over") == 1 and "Striped: longer than 32." in html
+    assert "class=over" not in lengths_html(preview(), 64)
+    assert "10 so far, there are more" in facts_html(preview(complete=False))
+    problem = problems_html(preview(complete=False))
+    assert "line 3" in problem and "Kept" not in problem
+    kept = preview()["report"]["problems"][0] | {"dropped": False, "count": 1200, "reason": "odd."}
+    assert "line 3: odd (1,200 times). Kept." in problems_html({"report": {"problems": [kept]}})
     assert facts_html({"error": EVIL}).count("&lt;img") == 1
 
 
@@ -232,7 +237,9 @@ def test_the_line_under_the_data():
 def test_a_role_offers_every_column_and_what_was_found():
     answer = {"files": [{"columns": ["q", "a, b"], "roles": {"prompt": "q"}}, {"columns": ["q", "z"], "roles": {"prompt": "z"}}]}
     columns = (("q", "q"), ("a, b", "a, b"), ("z", "z"))
-    assert _role_choices("prompt", "", answer) == ("", (("automatic: q, z", ""), ("not used", "-"), *columns))
+    assert _role_choices("prompt", "", answer) == ("", (("automatic, by file", ""), ("not used", "-"), *columns))
+    answer["files"][1]["roles"] = {}
+    assert _role_choices("prompt", "", answer)[1][0] == ("automatic: q", "")
     assert _role_choices("system", None, None) == ("", (("automatic", ""), ("not used", "-")))
     panel = DataPanel(None, None)
     written = panel.mapped(*("a, b" if role == "completion" else "-" if role == "input" else "" for role in ROLES))
