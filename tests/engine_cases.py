@@ -54,7 +54,7 @@ def flat(edges: tuple[int, ...] = (0, 17, 18, 40), vocabulary: int = VOCABULARY,
         labels[a : b - 1] = ids[a + 1 : b]
         positions[a:b] = np.arange(b - a)
     labels[3:6] = -100
-    return SimpleNamespace(input_ids=ids, position_ids=positions, cu_seqlens=np.array(edges, np.int32), labels=labels)
+    return SimpleNamespace(input_ids=ids, position_ids=positions, cu_seqlens=np.array(edges, np.int32), labels=labels, tokens=total)
 
 
 def batch_of(data: SimpleNamespace, device: str = "cpu") -> Batch:

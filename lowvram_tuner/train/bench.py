@@ -114,6 +114,7 @@ def _random_batch(config: TrainConfig, vocabulary: int, index: int, device: torc
     flat = SimpleNamespace(
         input_ids=ids, labels=labels, position_ids=np.tile(np.arange(length), rows),
         cu_seqlens=np.arange(0, rows * length + 1, length, dtype=np.int32),
+        tokens=rows * length,
     )  # fmt: skip
     return to_batch(flat, device, length)
 

@@ -66,7 +66,7 @@ def perplexity(config: TrainConfig, adapter: str | None, text: Path) -> dict[str
             break
         labels = np.append(window[1:], -100)
         edges = np.array([0, len(window)], np.int32)
-        flat = SimpleNamespace(input_ids=window, labels=labels, position_ids=np.arange(len(window)), cu_seqlens=edges)
+        flat = SimpleNamespace(input_ids=window, labels=labels, position_ids=np.arange(len(window)), cu_seqlens=edges, tokens=len(window))
         total += float(step.evaluate(to_batch(flat, device, config.max_seq_length)).sum())
         tokens += len(window) - 1
     return {"perplexity": math.exp(min(total / tokens, 700)), "tokens": tokens}

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from transformers import set_seed
 
-from lowvram_tuner.config import TrainConfig
+from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.data.packing import Batches, collate
 from lowvram_tuner.data.prepare import Prepared, prepare
 from lowvram_tuner.lora.adapter import save_adapter
@@ -25,11 +25,15 @@ from lowvram_tuner.train import checkpoints
 from lowvram_tuner.train.answers import Questions
 from lowvram_tuner.train.evaluate import held_out_losses, target_counts
 from lowvram_tuner.train.events import Reporter
+from lowvram_tuner.train.guard import Guard
 from lowvram_tuner.train.optimizer import learning_rate
+from lowvram_tuner.train.passes import in_passes, parts, splits
 from lowvram_tuner.train.progress import Progress
 from lowvram_tuner.train.run_dir import RunDir
-from lowvram_tuner.train.session import Session, build, free_memory, make_plan, memory_now, rebuild_leaner
+from lowvram_tuner.train.session import Session, build_to_fit, free_memory, less, make_plan, memory_now, rebuild
 from lowvram_tuner.train.step import Batch, to_batch
+
+T = TypeVar("T")
 
 
 def run_training(config: TrainConfig, run: RunDir, reporter: Reporter, resume: bool = False) -> dict[str, Any]:
@@ -39,7 +43,7 @@ def run_training(config: TrainConfig, run: RunDir, reporter: Reporter, resume: b
     tokenizer = load_tokenizer(config.model)
     prepared = prepare(config, tokenizer, lambda what, done, total, unit: reporter.status("preparing", f"{what}.", done, total, unit))
     reporter.status("preparing", "Loading the model.")
-    session = build(config, make_plan(config), _loading(reporter))
+    session = build_to_fit(config, _loading(reporter))
     return _Run(config, run, reporter, tokenizer, prepared, session).train(resume)
 
 
@@ -56,11 +60,18 @@ class _Run:
         self.total = config.max_steps or max(1, math.ceil(config.num_epochs * self.steps_per_epoch))
         tenth = max(1, self.total // 10)
         self.eval_every, self.save_every = config.eval_steps or tenth, config.save_steps or tenth
+        self.split = 1  # passes that a micro-batch is cut into when the card is too full for it in one
+        self.guard = Guard()
         self.held_out_tokens = target_counts(prepared.held_out)
         self.questions = Questions(prepared.prompts, tokenizer)
         self.answers: dict[int, list[dict[str, str]]] = {}  # by step
         self.saved: int | None = None  # the step whose state the newest checkpoint holds
         self.kept = 0  # the step whose adapter the run keeps
+
+    @property
+    def pass_config(self) -> TrainConfig:
+        """The config as the current plan knows it: the size of one pass."""
+        return in_passes(self.config, self.split)
 
     def train(self, resume: bool) -> dict[str, Any]:
         self.reporter.planned(self.total, self.session.plan.process_bytes)
@@ -75,28 +86,34 @@ class _Run:
         if status == "stopped":
             self.reporter.status("stopped", f"Stopped and saved at step {self.progress.step}. Resume continues from here.")
         else:
-            self._prove()
+            self._surviving(self._prove)
             self.reporter.status("finished", "Finished. Chat with it, or compare it with the base.")
         return self._result(status)
 
     def _steps(self) -> str:
         """Runs optimizer steps until the end, a stop, or no more improvement. Returns the status."""
-        upcoming = self._micro_batches()
-        group = next(upcoming)
+        upcoming = group = None
         while self.progress.step < self.total:
             if self.reporter.stop_requested():
                 return "stopped"
+            if group is None:
+                upcoming = self._micro_batches()
+                group = next(upcoming)
             begin = time.perf_counter()
             try:
                 norm, total, targets = self._optimize(group)
-                following = next(upcoming)  # collated while the card works
-                self.loss = float(total) / targets
             except torch.OutOfMemoryError:
+                group = None
+            if group is None:
                 self._make_leaner()
                 continue
+            following = next(upcoming)  # collated while the card works
+            self.loss = float(total) / targets
+            session = self.session
             self._stepped(group, targets, float(norm), time.perf_counter() - begin)
-            group = following
-            if self._checks():
+            ended = self._checks()
+            group = following if self.session is session else None  # a new plan may cut the passes differently
+            if ended:
                 return "finished"
         return "finished"
 
@@ -113,14 +130,15 @@ class _Run:
     def _micro_batches(self) -> Iterator[list[Batch]]:
         """Groups of micro-batches, one group a step, from where `progress` stands on and without end."""
         config, epoch, position = self.config, self.progress.epoch, self.progress.position
-        full = config.micro_batch_size * config.max_seq_length
+        full = self.pass_config.micro_batch_size * config.max_seq_length
         captured = self.session.device.type == "cuda"
         pad_to = full if captured and config.packing else max(16, full // 4) if captured else 1  # few shapes: few graphs
         while True:
             plan = self.batches.epoch(epoch)
             while position < len(plan):
                 group = []
-                for micro_batch in plan[position : position + config.gradient_accumulation_steps]:
+                micro_batches = plan[position : position + config.gradient_accumulation_steps]
+                for micro_batch in (part for whole in micro_batches for part in parts(whole, self.split)):
                     flat = collate(self.prepared.train, micro_batch, config.max_seq_length, pad_to)
                     if flat.targets:
                         sequences = _power_of_two(len(flat.cu_seqlens) - 1) if captured else 0
@@ -148,6 +166,7 @@ class _Run:
             tokens_per_s=tokens / seconds, step_s=seconds, eta_s=(self.total - p.step) * self.seconds,
             vram_now_bytes=now, vram_peak_bytes=peak,
         )  # fmt: skip
+        self._watch(seconds, tokens, now)
 
     def _checks(self) -> bool:
         """Held-out check, checkpoint and answers when they are due. Returns True when patience has run out."""
@@ -168,7 +187,7 @@ class _Run:
         if not self.held_out_tokens.sum():
             return False
         held_out, device = self.prepared.held_out, self.session.device
-        losses = held_out_losses(_inner(self.session.step), held_out, self.config, device)
+        losses = self._surviving(lambda: held_out_losses(_inner(self.session.step), held_out, self.pass_config, device))
         best = p.checked(losses, self.held_out_tokens)
         self.saved = None  # the newest checkpoint does not know of this check
         self.reporter.evaluated(p.step, p.history[-1][1])
@@ -223,39 +242,71 @@ class _Run:
     def _check_fit(self) -> None:
         """One worst-case micro-batch, forward and backward, before the real run; its gradients are thrown away."""
         self.reporter.status("checking", "Checking the fit: one step with the longest examples.")
-        while True:
-            try:
-                begin = time.perf_counter()
-                self._worst_case()
-                seconds = time.perf_counter() - begin
-                break
-            except torch.OutOfMemoryError:
-                self._make_leaner()
-        steps = self.total * self.config.gradient_accumulation_steps
+        seconds = self._surviving(self._worst_case)
+        steps = self.total * self.pass_config.gradient_accumulation_steps
         peak = memory_now(self.session.device, self.session.plan.budget.context_bytes)[1]
         spare = (self.session.plan.budget.limit_bytes - peak) / GB
         self.reporter.note(f"It fits with {max(spare, 0):.1f} GB to spare. About {_duration(seconds * steps)} at most.")
         self.reporter.planned(self.total, self.session.plan.process_bytes)
 
-    def _worst_case(self) -> None:
+    def _worst_case(self) -> float:
+        """Seconds of one pass of the longest examples."""
+        config = self.pass_config
+        begin = time.perf_counter()
         lengths = [len(self.prepared.train[i].input_ids) for i in range(min(len(self.prepared.train), 512))]
         longest = max(range(len(lengths)), key=lengths.__getitem__)
-        rows = [[longest]] * self.config.micro_batch_size
-        full = self.config.micro_batch_size * self.config.max_seq_length
-        flat = collate(self.prepared.train, rows, self.config.max_seq_length, full if self.session.device.type == "cuda" else 1)
-        batch = to_batch(flat, self.session.device, self.config.max_seq_length)
+        rows = [[longest]] * config.micro_batch_size
+        full = config.micro_batch_size * config.max_seq_length
+        flat = collate(self.prepared.train, rows, config.max_seq_length, full if self.session.device.type == "cuda" else 1)
+        batch = to_batch(flat, self.session.device, config.max_seq_length)
         _inner(self.session.step).accumulate(batch, torch.zeros((), device=self.session.device))
         self.session.adapter.gradients.zero_()
         if self.session.device.type == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter() - begin
 
-    def _make_leaner(self) -> None:
-        """Out of memory in spite of the plan: the plan is at fault, so it is made again for less."""
-        self.reporter.note("The card ran out of memory; going on with a leaner plan.")
+    def _surviving(self, work: Callable[[], T]) -> T:
+        """`work()`; when the card runs out of memory in it, again under leaner plans until it passes."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                pass  # the traceback holds what the pass had allocated: let go of it before anything is built anew
+            self._make_leaner()
+
+    def _make_leaner(self, limit: int | None = None, why: str = "The card ran out of memory; going on with a leaner plan.") -> None:
+        """Saves, and goes on under a plan for less: in spite of the old one the card is too full."""
+        self.reporter.note(why)
         self.session.adapter.gradients.zero_()
-        self.session = rebuild_leaner(self.session, _loading(self.reporter))
+        if self.progress.step:
+            self._save()
+        choices, words = splits(self.config, self.split), self.session.plan.words
+        self.session = rebuild(self.session, choices.values(), limit or less(self.session.plan), _loading(self.reporter))
+        self.split = next(k for k, config in choices.items() if config == self.session.config)
+        if self.session.plan.words != words:
+            self.reporter.note(f"The plan is now: {'; '.join(self.session.plan.words)}.")
+        self.guard.begin()
         self.reporter.planned(self.total, self.session.plan.process_bytes)
         self.reporter.status("training", "Training.")
+
+    def _watch(self, seconds: float, tokens: int, own_bytes: int) -> None:
+        """Has the guard look at the step just done; when other programs took memory, makes room if a plan can."""
+        trouble = self.guard.look(seconds, tokens, own_bytes)
+        if trouble is None:
+            return
+        if trouble.limit_bytes is None:
+            self.reporter.note(trouble.text)
+        elif self._has_plan(trouble.limit_bytes):
+            self._make_leaner(trouble.limit_bytes, f"{trouble.text} Going on with a leaner plan, which makes room for them.")
+        else:
+            self.reporter.note(f"{trouble.text} Close them to be fast again: no plan is small enough to make room.")
+
+    def _has_plan(self, limit: int) -> bool:
+        try:
+            make_plan(splits(self.config, self.split).popitem()[1], limit)
+        except ConfigError:
+            return False
+        return True
 
     def _ask(self) -> None:
         """The questions answered by the adapter as it is; without the memory for it the run goes on without these answers."""
@@ -266,7 +317,7 @@ class _Run:
 
     def _answer(self, step: int) -> None:
         """Asks base and adapter the same questions. step: whose adapter it is."""
-        config, loaded = self.config, self.session.loaded
+        config, loaded = self.pass_config, self.session.loaded
         try:
             rows = self.questions.ask(self.session.adapter.model, config.micro_batch_size * config.max_seq_length)
         finally:

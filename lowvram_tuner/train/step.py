@@ -52,7 +52,7 @@ def to_batch(flat, device: torch.device, max_len: int, round_targets: int = 64, 
         edges = np.concatenate([edges, np.full(sequences + 1 - len(edges), edges[-1], np.int32)])
     arrays = (flat.input_ids, flat.position_ids, edges, positions, labels)
     moved = [torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True) for a in arrays]
-    return Batch(*moved, max_len=max_len, counted=len(targets), tokens=int(np.count_nonzero(flat.position_ids)) + len(edges) - 1)
+    return Batch(*moved, max_len=max_len, counted=len(targets), tokens=flat.tokens)
 
 
 class FusedStep:
