@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
+from lowvram_tuner.chat.decode import Decoder, decoder_for
 from lowvram_tuner.chat.sampling import Sampling
 from lowvram_tuner.chat.target import Target
 from lowvram_tuner.config import ConfigError
@@ -34,6 +35,7 @@ class ChatSession:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         """`model`: a transformers model, wrapped by PEFT when it has an adapter. `tokenizer`: the model's own."""
         self.model, self.template = model, Template(tokenizer)
+        self.decoder = decoder_for(model)
         self.tokens_per_s = 0.0  # of the last answer, from its first token on
         self.tokens = 0  # in the last answer
         self.stopped_early = False  # the last answer was ended by `stop`
@@ -63,7 +65,7 @@ class ChatSession:
         prompt, room = self._prompt(messages, system, choice.max_new_tokens)
         off = nullcontext() if adapter or not hasattr(self.model, "disable_adapter") else self.model.disable_adapter()
         with off:
-            ids = generate_ids(self.model, prompt, min(room, choice.max_new_tokens), choice, self._ends(), self._stop)
+            ids = generate_ids(self.model, prompt, min(room, choice.max_new_tokens), choice, self._ends(), self._stop, self.decoder)
             yield from self._text(ids)
         self.stopped_early = self._stop.is_set()
 
@@ -135,24 +137,26 @@ class ChatSession:
 
 
 def generate_ids(
-    model: Any, prompt: torch.Tensor, most: int, sampling: Sampling, ends: list[int], stop: threading.Event
-) -> Iterator[int]:
+    model: Any, prompt: torch.Tensor, most: int, sampling: Sampling, ends: list[int], stop: threading.Event,
+    decoder: Decoder | None = None,
+) -> Iterator[int]:  # fmt: skip
     """Yields up to `most` new token ids after `prompt` [1, T], int64, on any device; an ending one is not yielded.
 
-    transformers' generate runs in a thread of its own and hands tokens over; leaving the iteration ends it.
+    `decoder`: the model's own fast one, where `decoder_for` knows the model; else transformers' generate. Either runs in a
+    thread of its own and hands tokens over: on a processor that is busy, threads of a second pool wait for each other
+    without spinning, which is ten times as fast. Leaving the iteration ends it.
     """
     tokens, left = _Tokens(), threading.Event()
-    config = GenerationConfig(
-        max_new_tokens=most, eos_token_id=ends, pad_token_id=ends[0] if ends else 0, **_choice(sampling)
-    )
-    prompt = prompt.to(model.device)
 
     def work() -> None:
         try:
-            model.generate(
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=tokens,
-                stopping_criteria=StoppingCriteriaList([_Stopped(stop, left)]),
-            )  # fmt: skip
+            if decoder is not None:
+                for token in decoder.generate(prompt[0].tolist(), most, sampling, ends, stop):
+                    tokens.give(token)
+                    if left.is_set():
+                        break
+            else:
+                _by_transformers(model, prompt.to(model.device), most, sampling, ends, [stop, left], tokens)
             tokens.finish(None)
         except Exception as error:
             tokens.finish(error)
@@ -167,6 +171,18 @@ def generate_ids(
     finally:
         left.set()
         thread.join()
+
+
+def _by_transformers(
+    model: Any, prompt: torch.Tensor, most: int, sampling: Sampling, ends: list[int], stops: list[threading.Event], tokens: _Tokens
+) -> None:
+    config = GenerationConfig(
+        max_new_tokens=most, eos_token_id=ends, pad_token_id=ends[0] if ends else 0, **_choice(sampling)
+    )
+    model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=tokens,
+        stopping_criteria=StoppingCriteriaList([_Stopped(*stops)]),
+    )  # fmt: skip
 
 
 def _choice(sampling: Sampling) -> dict[str, Any]:
@@ -195,7 +211,11 @@ class _Tokens(BaseStreamer):
             self._prompt_seen = True
             return
         for token in value.reshape(-1).tolist():
-            self._queue.put(token)
+            self.give(token)
+
+    def give(self, token: int) -> None:
+        """Hands one token over."""
+        self._queue.put(token)
 
     def end(self) -> None:
         """Called by generate; `finish` comes right after it."""

@@ -25,7 +25,7 @@ class NF4(QuantFormat):
     `quant_map` fp32 [16] and `nested_quant_map` fp32 [256] are the levels; a checkpoint brings its own.
     """
 
-    fused_rows = 0
+    fused_rows = 16
 
     @property
     def row_tile(self) -> int:
@@ -79,3 +79,17 @@ class NF4(QuantFormat):
             return merge_nf4.merge(packed, out, a, b, scaling)
         whole = self.dequantize(packed, torch.empty(out.shape, dtype=torch.float32))
         return out.copy_(whole.addmm_(b.float(), a.float(), alpha=scaling))
+
+    def matmul(self, x: torch.Tensor, packed: dict[str, torch.Tensor], out_features: int) -> torch.Tensor:
+        from kernels import matmul_nf4
+
+        if x.shape[1] % 2:  # a byte would belong to two rows
+            return x @ self.dequantize(packed, x.new_empty(out_features, x.shape[1])).t()
+        return matmul_nf4.matmul(x, packed, out_features)
+
+    def matmul_stacked(self, x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_features: list[int]) -> torch.Tensor:
+        from kernels import matmul_nf4
+
+        if x.shape[0] > 1 or x.shape[1] % 2 or len(packed) > matmul_nf4.MOST_WEIGHTS:
+            return super().matmul_stacked(x, packed, out_features)
+        return matmul_nf4.matmul_stacked(x, packed, out_features)

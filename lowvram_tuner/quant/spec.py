@@ -120,6 +120,12 @@ class QuantFormat(ABC):
         """y = x @ W.T without writing W. x: [M, in] with few rows (M <= fused_rows), fp16 or bf16. Returns [M, out]."""
         raise QuantError(f"{self.spec.method} has no fused product; dequantize instead.")
 
+    def matmul_stacked(self, x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_features: list[int]) -> torch.Tensor:
+        """y = x @ [W1; W2; ..].T of weights that share their input, otherwise as `matmul`. Returns [M, sum of out_features]."""
+        import torch
+
+        return torch.cat([self.matmul(x, p, rows) for p, rows in zip(packed, out_features)], 1)
+
     def forward(self, x: torch.Tensor, packed: dict[str, torch.Tensor], scratch: Scratch, out: torch.Tensor) -> torch.Tensor:
         """out = x @ W.T. x: [M, in], out: [M, out_features], same dtype. Works in row tiles that fit the scratch."""
         import torch

@@ -1,0 +1,199 @@
+"""y = x W^T for a few rows of x, straight from NF4 codes: chat decoding.
+
+    y[m, o] = sum_i x[m, i] * quant_map[code[o, i]] * absmax[(o * in + i) // 64]        absmax: see `dequant_nf4.py`
+
+One row of x is a matrix-vector product, bound by reading the codes and, close behind, by looking them up: every weight is
+one read of the 16 levels in L1. So everything else is kept away from the load units: codes come 16 bytes a thread, inputs
+as pairs in one word, shared by the rows of a program, and a block's absmax is decoded once. Weights that see the same input
+(q, k, v) are one launch. There are more programs than multiprocessors without splitting a sum, so the order of a sum is
+fixed. More rows, up to MAX_ROWS, decode a tile of W once and multiply it on the tensor cores, as in `matmul_grouped.py`.
+
+Rows start at a block's start when 64 divides in_features; otherwise each byte looks up its own block, which is slower.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.dequant_nf4 import block_scales
+from kernels.matmul_grouped import MAX_ROWS, split, tensor_cores
+
+MOST_WEIGHTS = 3  # in one launch
+GEMV_BYTES = (2048, 1024, 512)  # of a row of W that a program reads at a time: 16, 8 or 4 a thread
+DOT_ROWS, DOT_BYTES = 64, 64  # a tile of W: 64 rows x 128 columns, 16 KB at 16 bit
+BLOCK_BYTES = 32  # codes of one block of 64
+
+
+@triton.jit
+def _byte_scales(
+    absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, row, rows, first, row_bytes,
+    DOUBLE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """absmax of bytes [first, first + BYTES) of rows `row` (int64 [ROWS]): fp32 [ROWS, BYTES]."""
+    if ALIGNED:  # one lookup a block
+        block = first // 32 + tl.arange(0, BYTES // 32)
+        inside = (row < rows)[:, None] & (block * 32 < row_bytes)[None, :]
+        number = (row * (row_bytes // 32))[:, None] + block[None, :]
+        scale = block_scales(absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, number, inside, DOUBLE)
+        return tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, BYTES // 32, 32)), (ROWS, BYTES))
+    else:
+        byte = first + tl.arange(0, BYTES)
+        inside = (row < rows)[:, None] & (byte < row_bytes)[None, :]
+        number = ((row * row_bytes)[:, None] + byte[None, :]) // 32
+        return block_scales(absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, number, inside, DOUBLE)
+
+
+@triton.jit
+def _pairs(x_ptr, pair, inside, DTYPE: tl.constexpr):
+    """x[2 pair] and x[2 pair + 1] in fp32. x_ptr points at values, or at int32 words that hold two of DTYPE each."""
+    if x_ptr.dtype.element_ty == tl.int32:
+        both = tl.load(x_ptr + pair, mask=inside, other=0)
+        if DTYPE == tl.bfloat16:  # the upper half of an fp32  # noqa: SIM300
+            return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+        else:
+            first = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+            second = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+            return first.to(tl.float32), second.to(tl.float32)
+    else:
+        first = tl.load(x_ptr + pair * 2, mask=inside, other=0.0)
+        second = tl.load(x_ptr + pair * 2 + 1, mask=inside, other=0.0)
+        return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _gemv_kernel(
+    x_ptr, y_ptr, x_stride, y_stride, row_bytes, rows0, rows1, rows2,
+    codes0_ptr, absmax0_ptr, nested0_ptr, nested_map0_ptr, offset0_ptr, map0_ptr,
+    codes1_ptr, absmax1_ptr, nested1_ptr, nested_map1_ptr, offset1_ptr, map1_ptr,
+    codes2_ptr, absmax2_ptr, nested2_ptr, nested_map2_ptr, offset2_ptr, map2_ptr,
+    COUNT: tl.constexpr, DOUBLE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    codes_ptr, absmax_ptr, nested_ptr, nested_map_ptr = codes0_ptr, absmax0_ptr, nested0_ptr, nested_map0_ptr
+    offset_ptr, map_ptr, rows = offset0_ptr, map0_ptr, rows0
+    if COUNT > 1:  # which of the stacked weights this program works on
+        second = tl.cdiv(rows0, ROWS)
+        if program >= second:
+            codes_ptr, absmax_ptr, nested_ptr, nested_map_ptr = codes1_ptr, absmax1_ptr, nested1_ptr, nested_map1_ptr
+            offset_ptr, map_ptr, rows = offset1_ptr, map1_ptr, rows1
+            program -= second
+            y_ptr += rows0
+            third = tl.cdiv(rows1, ROWS)
+            if COUNT > 2:  # noqa: SIM102 - known at compile time, unlike the next
+                if program >= third:
+                    codes_ptr, absmax_ptr, nested_ptr, nested_map_ptr = codes2_ptr, absmax2_ptr, nested2_ptr, nested_map2_ptr
+                    offset_ptr, map_ptr, rows = offset2_ptr, map2_ptr, rows2
+                    program -= third
+                    y_ptr += rows1
+    x_ptr += tl.program_id(1).to(tl.int64) * x_stride
+    y_ptr += tl.program_id(1).to(tl.int64) * y_stride
+    row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    source = codes_ptr + (row * row_bytes)[:, None]
+    acc = tl.zeros((ROWS, BYTES), dtype=tl.float32)
+    for first in range(0, row_bytes, BYTES):
+        byte = first + tl.arange(0, BYTES)
+        inside = (row < rows)[:, None] & (byte < row_bytes)[None, :]
+        codes = tl.load(source + byte[None, :], mask=inside, other=0).to(tl.int32)
+        scale = _byte_scales(
+            absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, row, rows, first, row_bytes, DOUBLE, ALIGNED, ROWS, BYTES
+        )
+        x_high, x_low = _pairs(x_ptr, byte, byte < row_bytes, y_ptr.dtype.element_ty)
+        high, low = tl.load(map_ptr + (codes >> 4)), tl.load(map_ptr + (codes & 15))
+        acc += (high * x_high[None, :] + low * x_low[None, :]) * scale
+    y = tl.sum(acc, 1)
+    tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def _dot_kernel(
+    x_ptr, codes_ptr, absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, map_ptr, part_ptr, x_rows, rows, row_bytes,
+    bytes_per_part, DOUBLE: tl.constexpr, ALIGNED: tl.constexpr, X_ROWS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    m = tl.arange(0, X_ROWS)
+    source = codes_ptr + (row * row_bytes)[:, None]
+    acc = tl.zeros((ROWS, X_ROWS), dtype=tl.float32)
+    for first in range(part * bytes_per_part, tl.minimum((part + 1) * bytes_per_part, row_bytes), BYTES):
+        byte = first + tl.arange(0, BYTES)
+        inside = (row < rows)[:, None] & (byte < row_bytes)[None, :]
+        codes = tl.load(source + byte[None, :], mask=inside, other=0).to(tl.int32)
+        scale = _byte_scales(
+            absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, row, rows, first, row_bytes, DOUBLE, ALIGNED, ROWS, BYTES
+        )
+        high, low = tl.load(map_ptr + (codes >> 4)) * scale, tl.load(map_ptr + (codes & 15)) * scale
+        w = tl.interleave(high, low).to(x_ptr.dtype.element_ty)  # [ROWS, 2 BYTES]
+        col = first * 2 + tl.arange(0, BYTES * 2)
+        mask = (col < row_bytes * 2)[:, None] & (m < x_rows)[None, :]
+        x = tl.load(x_ptr + m.to(tl.int64)[None, :] * (row_bytes * 2) + col[:, None], mask=mask, other=0.0)  # [2 BYTES, X_ROWS]
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+    out = (part.to(tl.int64) * x_rows + m[None, :]) * rows + row[:, None]
+    tl.store(part_ptr + out, acc, mask=(row < rows)[:, None] & (m < x_rows)[None, :])
+
+
+def matmul(x: torch.Tensor, packed: dict[str, torch.Tensor], out_features: int) -> torch.Tensor:
+    """x: [M, in], fp16, bf16 or fp32, contiguous, M <= MAX_ROWS, in even. Returns y [M, out] in x's dtype, summed in fp32."""
+    if x.shape[0] == 1 or not tensor_cores(x.device):
+        return matmul_stacked(x, [packed], [out_features])
+    _check(x, [packed], [out_features])
+    x_rows, row_bytes = x.shape[0], x.shape[1] // 2
+    programs = triton.cdiv(out_features, DOT_ROWS)
+    parts, bytes_per_part = split(programs, row_bytes, DOT_BYTES, x.device)
+    partial = torch.empty(parts, x_rows, out_features, dtype=torch.float32, device=x.device)
+    _dot_kernel[(programs, parts)](
+        x, *_pointers(packed), partial, x_rows, out_features, row_bytes, bytes_per_part,
+        DOUBLE="nested_absmax" in packed, ALIGNED=row_bytes % BLOCK_BYTES == 0,
+        X_ROWS=max(16, triton.next_power_of_2(x_rows)), ROWS=DOT_ROWS, BYTES=DOT_BYTES, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return partial.sum(0).to(x.dtype)
+
+
+def matmul_stacked(x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_features: list[int]) -> torch.Tensor:
+    """x [W1; W2; ..]^T for up to MOST_WEIGHTS weights in one launch, meant for one row of x. Otherwise as `matmul`."""
+    _check(x, packed, out_features)
+    if not 1 <= len(packed) <= MOST_WEIGHTS or len({"nested_absmax" in p for p in packed}) != 1:
+        raise ValueError(f"one launch takes 1 to {MOST_WEIGHTS} weights, all with double quantization or all without; got {len(packed)}.")
+    y = x.new_empty(x.shape[0], sum(out_features))
+    row_bytes = x.shape[1] // 2
+    tile = gemv_rows(y.shape[1])
+    as_words = x.dtype.itemsize == 2 and x.storage_offset() % 2 == 0
+    source = x.view(torch.int32) if as_words else x
+    unused = MOST_WEIGHTS - len(packed)
+    weights = [p for weight in [*packed, *[packed[0]] * unused] for p in _pointers(weight)]
+    grid = (sum(triton.cdiv(rows, tile) for rows in out_features), x.shape[0])
+    _gemv_kernel[grid](
+        source, y, source.stride(0), y.stride(0), row_bytes, *out_features, *[0] * unused, *weights,
+        COUNT=len(packed), DOUBLE="nested_absmax" in packed[0], ALIGNED=row_bytes % BLOCK_BYTES == 0,
+        ROWS=tile, BYTES=gemv_bytes(row_bytes), num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def gemv_rows(rows: int) -> int:
+    """Rows of W a program, so that there are always more programs than a large card holds at a time."""
+    return 4 if rows >= 8192 else 2 if rows >= 2048 else 1
+
+
+def gemv_bytes(row_bytes: int) -> int:
+    """The widest step that wastes no more of its last round than the narrowest does, within an eighth of a row."""
+    least = -(-row_bytes // GEMV_BYTES[-1]) * GEMV_BYTES[-1]
+    return next(step for step in GEMV_BYTES if -(-row_bytes // step) * step <= least + row_bytes // 8)
+
+
+def _pointers(packed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    absmax = packed["absmax"]
+    double = "nested_absmax" in packed
+    nested = (packed["nested_absmax"], packed["nested_quant_map"], packed["nested_offset"]) if double else (absmax,) * 3
+    return packed["weight"], absmax, *nested, packed["quant_map"]
+
+
+def _check(x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_features: list[int]) -> None:
+    if not x.is_contiguous() or not 1 <= x.shape[0] <= MAX_ROWS or x.shape[1] % 2:
+        raise ValueError(
+            f"the fused product takes 1 to {MAX_ROWS} contiguous rows of even length; x is {list(x.shape)}, strides {x.stride()}."
+        )
+    for weight, rows in zip(packed, out_features, strict=True):
+        if weight["weight"].numel() * 2 != rows * x.shape[1]:
+            raise ValueError(f"{weight['weight'].numel() * 2} codes are not a weight of {rows}x{x.shape[1]}.")
