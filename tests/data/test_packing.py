@@ -40,7 +40,7 @@ def test_the_first_token_is_never_a_label():
 @pytest.mark.parametrize("pad_to, total, cuts", [(1, 5, [0, 5]), (4, 8, [0, 5, 8]), (16, 16, [0, 5, 13, 16])])
 def test_padding_is_a_sequence_of_its_own(pad_to, total, cuts):
     flat = collate([example(1, 2, 3, 4, 5)], [[0]], 8, pad_to)
-    assert len(flat.input_ids) == total
+    assert len(flat.input_ids) == total and flat.tokens == 5
     assert flat.cu_seqlens.tolist() == cuts
     assert (flat.labels[4:] == IGNORED).all()
     assert flat.position_ids.tolist() == [i for a, b in pairwise(cuts) for i in range(b - a)]
