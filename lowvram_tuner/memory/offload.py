@@ -7,6 +7,7 @@ few later ones were begun; a copy back is started one ahead of its use.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,6 +15,7 @@ from itertools import pairwise
 import torch
 
 from lowvram_tuner.memory.estimate import LEAVING
+from lowvram_tuner.memory.slabs import pinned_bytes
 
 
 class HostStore:
@@ -24,7 +26,8 @@ class HostStore:
 
     def __init__(self, units: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, depth: int = 1) -> None:
         cuda = device.type == "cuda"
-        self.host = [torch.empty(shape, dtype=dtype, pin_memory=cuda) for _ in range(units)]
+        size = shape[0] * shape[1] * dtype.itemsize
+        self.host = [pinned_bytes(size).view(dtype).view(shape) for _ in range(units)]
         self.stream = torch.cuda.Stream(device) if cuda else None
         self.depth = depth
         self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
@@ -92,11 +95,23 @@ class GateUpAway:
         self.rows = min(rows, tokens)
         chunks = -(-tokens // self.rows)
         units = [(layer, chunk) for layer in layers for chunk in range(chunks)]
-        away = min(away, len(units))
+        self.store = HostStore(0, (self.rows, columns), dtype, device, min(LEAVING, chunks))
+        self._take_memory(min(away, len(units)), columns, dtype)
+        away = len(self.store.host)
         chosen = [units[(i * len(units) + len(units) // 2) // away] for i in range(away)]
         self.slot = {unit: i for i, unit in enumerate(chosen)}
         self.backward = sorted(chosen, key=lambda unit: (-unit[0], unit[1]))
-        self.store = HostStore(len(chosen), (self.rows, columns), dtype, device, min(LEAVING, chunks))
+
+    def _take_memory(self, units: int, columns: int, dtype: torch.dtype) -> None:
+        """Pinned memory for the units, or for as many as it can be had for: what does not go is computed again."""
+        pin = self.store.stream is not None
+        for unit in range(units):
+            try:
+                self.store.host.append(torch.empty(self.rows, columns, dtype=dtype, pin_memory=pin))
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                warnings.warn(f"RAM for the activations of {unit} of {units} parts can be pinned ({reason}); the rest is computed again.", stacklevel=2)
+                return
 
     def begin(self, tokens: int) -> None:
         """A pass over `tokens`, which may be fewer than the most."""

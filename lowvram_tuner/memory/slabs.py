@@ -36,7 +36,7 @@ def slab_bytes(layout: Layout) -> int:
 def make_slab(layout: Layout, device: torch.device | str, pinned: bool = False, buffer: torch.Tensor | None = None) -> Slab:
     """An uninitialized slab, or the views of a layout in `buffer`, which must be large enough."""
     if buffer is None:
-        buffer = _pinned(slab_bytes(layout)) if pinned else torch.empty(slab_bytes(layout), dtype=torch.uint8, device=device)
+        buffer = pinned_bytes(slab_bytes(layout)) if pinned else torch.empty(slab_bytes(layout), dtype=torch.uint8, device=device)
     views: dict[str, dict[str, torch.Tensor]] = {linear: {} for linear in layout}
     places: dict[tuple, torch.Tensor] = {}
     offset = 0
@@ -117,8 +117,8 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
-def _pinned(nbytes: int) -> torch.Tensor:
-    """Host memory the card can read while it computes; ordinary memory, slower, where none can be pinned."""
+def pinned_bytes(nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes] of host memory that the card can reach while it computes; ordinary, slower memory where none can be pinned."""
     if torch.cuda.is_available():
         try:
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)

@@ -87,6 +87,21 @@ def test_a_store_gives_back_what_it_took():
     assert torch.equal(store.get(0, 4), want) and torch.equal(store.get(1, 2), b)
 
 
+def test_memory_that_cannot_be_pinned_is_done_without(monkeypatch):
+    original, calls = torch.empty, []
+
+    def scarce(*size, **options):
+        calls.append(size)
+        if options.get("pin_memory") is not None and len(calls) > 2:
+            raise RuntimeError("CUDA error: out of memory\nmore")
+        return original(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    with pytest.warns(UserWarning, match=r"2 of 5 parts can be pinned \(CUDA error: out of memory\)"):
+        away = GateUpAway(list(range(10)), tokens=8, rows=8, away=5, columns=4, dtype=torch.float32, device=CPU)
+    assert sorted(away.slot) == [(2, 0), (7, 0)] and len(away.store.host) == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("decisions", CASES.values(), ids=CASES)
 def test_on_the_card_eager_and_captured(decisions):
