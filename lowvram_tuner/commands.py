@@ -156,11 +156,27 @@ def quantize(config: TrainConfig, args: argparse.Namespace) -> Result:
     )  # fmt: skip
 
 
-@command("data", "Read a dataset as training would, and report what is in it.", DATA)
+def _show_data(result: Result) -> None:
+    """Counts, then what each file's columns hold, then the problems, a line each."""
+    from lowvram_tuner.data.report import problem_words
+
+    aside = ("problems", "columns", "histogram")
+    show_lines({k: v for k, v in result.items() if k not in aside})
+    for file, roles in result["columns"].items():
+        print(f"{file}: {', '.join(f'{role} from {column!r}' for role, column in roles.items())}")
+    for problem in result["problems"]:
+        print(f"- {problem_words(problem)}")
+
+
+@command("data", "Read a dataset as training would, and report what is in it.", DATA, show=_show_data)
 def data(config: TrainConfig, args: argparse.Namespace) -> Result:
     from lowvram_tuner.data.prepare import report
 
-    return report(config)
+    line = ProgressLine()
+    try:
+        return report(config, line)
+    finally:
+        line.end()
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -384,3 +384,13 @@ def test_interrupting_a_command_is_said(monkeypatch, capsys):
 
     assert cli.main(["wait"]) == 130
     assert capsys.readouterr().err == "error: interrupted.\n"
+
+
+def test_the_data_command_tells_people_what_is_in_a_file(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "q", "chosen": "good", "rejected": "bad"}\n{"prompt": "q"\n')
+    assert cli.main(["data", "--dataset", str(path), "--output-dir", str(tmp_path / "runs")]) == 0
+    out, err = capsys.readouterr()
+    assert "kept: 1\ndropped: 1\n" in out and "a.jsonl: chosen from 'chosen', prompt from 'prompt'" in out
+    assert "- a.jsonl line 2: the JSON is cut off" in out and "the other is not used. Kept.\n" in out
+    assert "histogram" not in out and "Reading data" in err

@@ -65,12 +65,12 @@ def prepare(config: TrainConfig, tokenizer: Any, progress: Progress | None = Non
     return Prepared(Examples(cache, train), Examples(cache, held_out), report, prompts, fingerprint.hexdigest())
 
 
-def report(config: TrainConfig) -> dict[str, Any]:
+def report(config: TrainConfig, progress: Progress | None = None) -> dict[str, Any]:
     """What the command `data` shows: the report of `config.dataset` for `config.model`, as JSON values."""
     from lowvram_tuner.models.source import load_tokenizer
 
     resolve(config.dataset)  # a wrong name is told before a tokenizer is loaded
-    return prepare(config, load_tokenizer(config.model)).report.to_json()
+    return prepare(config, load_tokenizer(config.model), progress).report.to_json()
 
 
 def layout_of(source: Source, config: TrainConfig, alone: bool) -> Layout:
@@ -187,6 +187,8 @@ class Builder:
         self.report.columns[source.name] = layout.roles
         if layout.name not in self._formats:
             self._formats.append(layout.name)
+        if layout.name == "preference":
+            self.problems.add(source.name, 0, "preference", "pairs: the preferred answer is trained on, the other is not used", dropped=False)
         for doubt in layout.doubts:
             self.problems.add(source.name, 0, "ambiguous", doubt, dropped=False)
         return layout, ""

@@ -81,6 +81,14 @@ class DataReport:
         return cls(**{**values, "problems": [Problem(**p) for p in values["problems"]]})
 
 
+def problem_words(problem: dict[str, Any]) -> str:
+    """A problem of `to_json` as a line: where it stands first, what it is, how often, and whether the rows were kept."""
+    where = " ".join(filter(None, [problem.get("file", ""), f"line {problem['line']:,}" if problem.get("line") else ""]))
+    often = f" ({problem['count']:,} times)" if problem.get("count", 1) > 1 else ""
+    fate = "" if problem.get("dropped", True) else ". Kept."
+    return f"{where}: {problem['reason'].rstrip('.')}{often}{fate}".lstrip(": ")
+
+
 class Problems:
     """Collects problems, grouped by file and kind, in order of their first line."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowvram_tuner.config import DEMO_DATASET
 from lowvram_tuner.data.names import ROLES
+from lowvram_tuner.data.report import problem_words
 from lowvram_tuner.ui.words import count
 
 Answer = dict[str, Any]
@@ -68,7 +69,7 @@ def problems_html(answer: Answer | None) -> str:
     problems = ((answer or {}).get("report") or {}).get("problems") or []
     if not problems:
         return f'<p class="quiet">{"No problems found." if answer else "Problems appear here by line."}</p>'
-    items = "".join(f"<li>{escape(_problem(p))}</li>" for p in problems[:_PROBLEMS_SHOWN])
+    items = "".join(f"<li>{escape(problem_words(p))}</li>" for p in problems[:_PROBLEMS_SHOWN])
     rest = len(problems) - _PROBLEMS_SHOWN
     return f'<h4>Problems</h4><ul class="notes">{items}{f"<li>and {rest:,} more kinds</li>" if rest > 0 else ""}</ul>'
 
@@ -147,11 +148,3 @@ def _piece(text: str, trained: bool, special: bool) -> str:
 
 def _visible(text: str) -> str:
     return escape(text).replace("\n", "⏎<br>")
-
-
-def _problem(problem: Answer) -> str:
-    """One kind of problem: where it stands first, what it is, how often."""
-    where = " ".join(filter(None, [problem.get("file", ""), f"line {problem['line']:,}" if problem.get("line") else ""]))
-    often = f" ({problem['count']:,} times)" if problem.get("count", 1) > 1 else ""
-    fate = "" if problem.get("dropped", True) else ". Kept."
-    return f"{where}: {problem['reason'].rstrip('.')}{often}{fate}".lstrip(": ")

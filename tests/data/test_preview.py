@@ -88,6 +88,20 @@ def test_a_row_index_walks_no_further_than_asked(write, monkeypatch):
     assert index.count() == 1500
 
 
+def test_the_rows_of_a_damaged_list_are_numbered_as_they_are_read(write, look):
+    """Walking to a row reads no element, and still counts as reading does: broken elements are rows."""
+    texts = [json.dumps(r) for r in ROWS]
+    texts[3], texts[400], texts[700] = '{"prompt": 1,,}', '{"prompt": "a", "prompt": "b"}', "7"
+    path = write("a.json", "[\n" + ",\n".join(texts[:1200]) + ' {"prompt": "no comma", "completion": "x"},')
+    source = resolve(path)[0]
+    read = [(r.offset, r.line) for r in source.records() if r.value is not None or r.error]
+    walked = list(source.starts())
+    assert [line for _, line in walked] == [line for _, line in read] and len(walked) == 1201
+    rows = look(path).rows(401, 1) + look(path).rows(1001, 1) + look(path).rows(1201, 2)
+    assert rows[0]["problem"].startswith("the key 'prompt' stands twice")
+    assert text_of(rows[1], True) == "answer 1000<|im_end|>" and text_of(rows[2], True) == "x<|im_end|>" and len(rows) == 3
+
+
 def test_rows_go_on_in_the_next_file(write, look):
     a, b = write("a.jsonl", ROWS[:5]), write("b.jsonl", ROWS[5:12])
     opened = look(f"{a},{b}")

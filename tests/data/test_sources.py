@@ -181,6 +181,14 @@ def test_a_comma_in_a_files_own_name_separates_nothing(tmp_path):
     assert [names.Part(n).may_be_on_hub for n in ("o/n", "o/n@v1.0", "o/n.jsonl", "/o/n", "demo")] == [True, True, False, False, False]
 
 
+def test_preference_pairs_train_the_chosen_side_and_say_so(write, prepared, tokenizer):
+    result = prepared(write("a.jsonl", [{"prompt": "q", "chosen": "good", "rejected": "bad"}]))
+    assert [p.kind for p in result.report.problems] == ["preference"]
+    assert "the preferred answer is trained on, the other is not used" in result.report.problems[0].reason
+    text = tokenizer.decode(result.train[0].input_ids)
+    assert "good" in text and "bad" not in text
+
+
 @pytest.mark.parametrize(
     "name, words",
     [
