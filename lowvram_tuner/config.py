@@ -37,7 +37,9 @@ class TrainConfig:
         DEMO_MODEL, "Model", "The demo model, a local folder, or the id of a model on the Hugging Face hub.", basic=True
     )
     dataset: str = option(
-        DEMO_DATASET, "Data", "A file or folder of examples: JSON, JSONL, CSV, TSV, Parquet, text; or a hub id.", basic=True
+        DEMO_DATASET, "Data",
+        "A file or folder (JSON, JSONL, CSV, TSV, Parquet, text), or a hub id; several are mixed with weights: a.jsonl:2, b.csv:0.5.",
+        basic=True,
     )
     bits: int = option(
         4, "Bits", "How many bits a frozen weight takes. Fewer bits: less memory, a little less quality.",
@@ -69,7 +71,8 @@ class TrainConfig:
     )
     system_prompt: str = option("", "System prompt", "Replaces the system prompt of every example when not empty.")
     columns: tuple[str, ...] = option(
-        (), "Columns", "Which column of the data holds what, as role=column (prompt=question), when detection needs help."
+        (), "Columns",
+        "Which column of the data holds what, as role=column (prompt=question; role=- for none), when detection needs help.",
     )
     held_out: float = option(
         0.1, "Held out", "Share of the examples kept aside to measure whether the model really learned.",
@@ -104,7 +107,7 @@ class TrainConfig:
     )
     seed: int = option(3407, "Seed", "The same seed gives the same run.", min=0, max=2**31 - 1)
     compare_prompts: tuple[str, ...] = option(
-        (), "Compare on", "Prompts answered before and after training; empty takes a few held-out ones."
+        (), "Compare on", "Prompts answered before training and at every checkpoint; empty takes a few held-out ones."
     )
     report_to: tuple[str, ...] = option(
         (), "Also log to", "Trackers besides the run's own metrics.", choices=("tensorboard", "wandb", "trackio")
