@@ -15,8 +15,10 @@ EVIL = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script>'
 @pytest.fixture
 def page(tmp_path, tab):
     served = Served(tmp_path / "runs", FAKE_CARD="1", REAL_DATA="1")
-    yield tab(served.address)
-    served.close()
+    try:
+        yield tab(served.address)
+    finally:
+        served.close()
 
 
 def tokens(page) -> list[str]:
