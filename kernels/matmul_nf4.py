@@ -2,11 +2,12 @@
 
     y[m, o] = sum_i x[m, i] * quant_map[code[o, i]] * absmax[(o * in + i) // 64]        absmax: see `dequant_nf4.py`
 
-One row of x is a matrix-vector product, bound by reading the codes and, close behind, by looking them up: every weight is
-one read of the 16 levels in L1. So everything else is kept away from the load units: codes come 16 bytes a thread, inputs
-as pairs in one word, shared by the rows of a program, and a block's absmax is decoded once. Weights that see the same input
-(q, k, v) are one launch. There are more programs than multiprocessors without splitting a sum, so the order of a sum is
-fixed. More rows, up to MAX_ROWS, decode a tile of W once and multiply it on the tensor cores, as in `matmul_grouped.py`.
+One row of x is a matrix-vector product, bound by reading the codes and, close behind, by the instructions that decode them:
+8 per weight is what an H100 can afford at 60 % of its bandwidth. So the 16 levels are looked up in shared memory, whose
+addresses are short; codes come 8 bytes a thread, inputs as pairs in one word, shared by the rows of a program; a block's
+absmax is decoded once and multiplies its sum. Weights that see the same input (q, k, v) are one launch. There are more
+programs than multiprocessors without splitting a sum, so the order of a sum is fixed. More rows, up to MAX_ROWS, decode a
+tile of W once and multiply it on the tensor cores, as in `matmul_grouped.py`.
 
 Rows start at a block's start when 64 divides in_features; otherwise each byte looks up its own block, which is slower.
 """
@@ -21,28 +22,15 @@ from kernels.dequant_nf4 import block_scales
 from kernels.matmul_grouped import MAX_ROWS, split, tensor_cores
 
 MOST_WEIGHTS = 3  # in one launch
-GEMV_BYTES = (2048, 1024, 512)  # of a row of W that a program reads at a time: 16, 8 or 4 a thread
+GEMV_BYTES = (1024, 512)  # of a row of W that a program reads at a time: 8 or 4 a thread
 DOT_ROWS, DOT_BYTES = 64, 64  # a tile of W: 64 rows x 128 columns, 16 KB at 16 bit
 BLOCK_BYTES = 32  # codes of one block of 64
 
 
 @triton.jit
-def _byte_scales(
-    absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, row, rows, first, row_bytes,
-    DOUBLE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
-):  # fmt: skip
-    """absmax of bytes [first, first + BYTES) of rows `row` (int64 [ROWS]): fp32 [ROWS, BYTES]."""
-    if ALIGNED:  # one lookup a block
-        block = first // 32 + tl.arange(0, BYTES // 32)
-        inside = (row < rows)[:, None] & (block * 32 < row_bytes)[None, :]
-        number = (row * (row_bytes // 32))[:, None] + block[None, :]
-        scale = block_scales(absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, number, inside, DOUBLE)
-        return tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, BYTES // 32, 32)), (ROWS, BYTES))
-    else:
-        byte = first + tl.arange(0, BYTES)
-        inside = (row < rows)[:, None] & (byte < row_bytes)[None, :]
-        number = ((row * row_bytes)[:, None] + byte[None, :]) // 32
-        return block_scales(absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, number, inside, DOUBLE)
+def _level(levels, code, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """levels[code], code: int32 [ROWS, BYTES]."""
+    return tl.reshape(tl.gather(levels, tl.reshape(code, (ROWS * BYTES,)), 0), (ROWS, BYTES))
 
 
 @triton.jit
@@ -91,17 +79,23 @@ def _gemv_kernel(
     y_ptr += tl.program_id(1).to(tl.int64) * y_stride
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     source = codes_ptr + (row * row_bytes)[:, None]
-    acc = tl.zeros((ROWS, BYTES), dtype=tl.float32)
+    levels = tl.load(map_ptr + tl.arange(0, 16))
+    acc = tl.zeros((ROWS, BYTES // 32), dtype=tl.float32)
     for first in range(0, row_bytes, BYTES):
         byte = first + tl.arange(0, BYTES)
         inside = (row < rows)[:, None] & (byte < row_bytes)[None, :]
         codes = tl.load(source + byte[None, :], mask=inside, other=0).to(tl.int32)
-        scale = _byte_scales(
-            absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, row, rows, first, row_bytes, DOUBLE, ALIGNED, ROWS, BYTES
-        )
         x_high, x_low = _pairs(x_ptr, byte, byte < row_bytes, y_ptr.dtype.element_ty)
-        high, low = tl.load(map_ptr + (codes >> 4)), tl.load(map_ptr + (codes & 15))
-        acc += (high * x_high[None, :] + low * x_low[None, :]) * scale
+        product = _level(levels, codes >> 4, ROWS, BYTES) * x_high[None, :] + _level(levels, codes & 15, ROWS, BYTES) * x_low[None, :]
+        if ALIGNED:
+            block = first // 32 + tl.arange(0, BYTES // 32)
+            number, whole = (row * (row_bytes // 32))[:, None] + block[None, :], (row < rows)[:, None] & (block * 32 < row_bytes)[None, :]
+            scale = block_scales(absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, number, whole, DOUBLE)
+            acc += tl.sum(tl.reshape(product, (ROWS, BYTES // 32, 32)), 2) * scale
+        else:
+            number = ((row * row_bytes)[:, None] + byte[None, :]) // 32
+            scale = block_scales(absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, number, inside, DOUBLE)
+            acc += tl.sum(tl.reshape(product * scale, (ROWS, BYTES // 32, 32)), 2)
     y = tl.sum(acc, 1)
     tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), mask=row < rows)
 
@@ -115,15 +109,21 @@ def _dot_kernel(
     part = tl.program_id(1)
     m = tl.arange(0, X_ROWS)
     source = codes_ptr + (row * row_bytes)[:, None]
+    levels = tl.load(map_ptr + tl.arange(0, 16))
     acc = tl.zeros((ROWS, X_ROWS), dtype=tl.float32)
     for first in range(part * bytes_per_part, tl.minimum((part + 1) * bytes_per_part, row_bytes), BYTES):
         byte = first + tl.arange(0, BYTES)
         inside = (row < rows)[:, None] & (byte < row_bytes)[None, :]
         codes = tl.load(source + byte[None, :], mask=inside, other=0).to(tl.int32)
-        scale = _byte_scales(
-            absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, row, rows, first, row_bytes, DOUBLE, ALIGNED, ROWS, BYTES
-        )
-        high, low = tl.load(map_ptr + (codes >> 4)) * scale, tl.load(map_ptr + (codes & 15)) * scale
+        if ALIGNED:
+            block = first // 32 + tl.arange(0, BYTES // 32)
+            number, whole = (row * (row_bytes // 32))[:, None] + block[None, :], (row < rows)[:, None] & (block * 32 < row_bytes)[None, :]
+            scale = block_scales(absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, number, whole, DOUBLE)
+            scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, BYTES // 32, 32)), (ROWS, BYTES))
+        else:
+            number = ((row * row_bytes)[:, None] + byte[None, :]) // 32
+            scale = block_scales(absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, number, inside, DOUBLE)
+        high, low = _level(levels, codes >> 4, ROWS, BYTES) * scale, _level(levels, codes & 15, ROWS, BYTES) * scale
         w = tl.interleave(high, low).to(x_ptr.dtype.element_ty)  # [ROWS, 2 BYTES]
         col = first * 2 + tl.arange(0, BYTES * 2)
         mask = (col < row_bytes * 2)[:, None] & (m < x_rows)[None, :]
@@ -173,7 +173,7 @@ def matmul_stacked(x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_f
 
 def gemv_rows(rows: int) -> int:
     """Rows of W a program, so that there are always more programs than a large card holds at a time."""
-    return 4 if rows >= 8192 else 2 if rows >= 2048 else 1
+    return 4 if rows >= 2048 else 2 if rows >= 1024 else 1
 
 
 def gemv_bytes(row_bytes: int) -> int:
