@@ -96,7 +96,7 @@ def attend(q: torch.Tensor, cache: torch.Tensor, start: int, scale: float) -> to
     k, v = (t.transpose(0, 1) for t in cache[:length].unbind(1))  # [kv_heads, length, d]
     queries = q.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).reshape(kv_heads, group * tokens, d)
     if tokens == 1:  # on a CPU PyTorch's attention takes 6 ms here, these three operators 0.1
-        out = (queries @ k.transpose(1, 2)).mul_(scale).softmax(-1) @ v
+        out = ((queries * scale) @ k.transpose(1, 2)).softmax(-1) @ v
     else:
         mask = torch.ones(tokens, length, dtype=torch.bool, device=q.device).tril_(start).repeat(group, 1)
         out = torch.nn.functional.scaled_dot_product_attention(queries[None], k[None], v[None], attn_mask=mask, scale=scale)

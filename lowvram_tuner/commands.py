@@ -99,12 +99,20 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10, help="Measured steps. Default: 10.")
     parser.add_argument("--random-weights", action="store_true", help="Random packed weights of the model's shape: no download.")
     parser.add_argument("--profile", action="store_true", help="Show how busy the card is and which kernels take its time.")
+    parser.add_argument(
+        "--decode", type=int, metavar="N",
+        help="Measure chat instead of training: N new tokens at batch 1, without and with an adapter.",
+    )  # fmt: skip
 
 
 @command("bench", "Measure memory and speed of training steps.", ALL, _bench_arguments, uses_card=True)
 def bench(config: TrainConfig, args: argparse.Namespace) -> Result:
     if args.steps < 1:
         raise ConfigError(f"steps={args.steps} is too few; measure 1 or more.")
+    if args.decode is not None:
+        from lowvram_tuner.chat.speed import decode_speed
+
+        return decode_speed(config, args.decode, args.random_weights)
     from lowvram_tuner.train import profile
     from lowvram_tuner.train.bench import bench
 
