@@ -111,5 +111,5 @@ def _role_choices(role: str, columns: Any, answer: dict[str, Any] | None) -> tup
     names = dict.fromkeys(c for f in files for c in f["columns"])
     if chosen not in (AUTOMATIC, UNUSED):
         names.setdefault(chosen)
-    automatic = f"automatic: {found[0]}" if len(found) == 1 else "automatic, by file" if found else "automatic"
+    automatic = f"found: {found[0]}" if len(found) == 1 else "automatic, by file" if found else "automatic"
     return chosen, ((automatic, AUTOMATIC), ("not used", UNUSED), *((name, name) for name in names))

@@ -239,7 +239,7 @@ def test_a_role_offers_every_column_and_what_was_found():
     columns = (("q", "q"), ("a, b", "a, b"), ("z", "z"))
     assert _role_choices("prompt", "", answer) == ("", (("automatic, by file", ""), ("not used", "-"), *columns))
     answer["files"][1]["roles"] = {}
-    assert _role_choices("prompt", "", answer)[1][0] == ("automatic: q", "")
+    assert _role_choices("prompt", "", answer)[1][0] == ("found: q", "")
     assert _role_choices("system", None, None) == ("", (("automatic", ""), ("not used", "-")))
     panel = DataPanel(None, None)
     written = panel.mapped(*("a, b" if role == "completion" else "-" if role == "input" else "" for role in ROLES))
