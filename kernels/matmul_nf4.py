@@ -3,8 +3,8 @@
     y[m, o] = sum_i x[m, i] * quant_map[code[o, i]] * absmax[(o * in + i) // 64]        absmax: see `dequant_nf4.py`
 
 One row of x is a matrix-vector product, bound by reading the codes and, close behind, by the instructions that decode them:
-8 per weight is what an H100 can afford at 60 % of its bandwidth. So the 16 levels are looked up in shared memory, whose
-addresses are short; codes come 8 bytes a thread, inputs as pairs in one word, shared by the rows of a program; a block's
+8 per weight is what an H100 issues at 60 % of its bandwidth. So the 16 levels are looked up in shared memory, whose
+addresses are short; codes come in words, inputs as pairs in one word, shared by the rows of a program; a block's
 absmax is decoded once and multiplies its sum. Weights that see the same input (q, k, v) are one launch. There are more
 programs than multiprocessors without splitting a sum, so the order of a sum is fixed. More rows, up to MAX_ROWS, decode a
 tile of W once and multiply it on the tensor cores, as in `matmul_grouped.py`.
@@ -31,6 +31,27 @@ BLOCK_BYTES = 32  # codes of one block of 64
 def _level(levels, code, ROWS: tl.constexpr, BYTES: tl.constexpr):
     """levels[code], code: int32 [ROWS, BYTES]."""
     return tl.reshape(tl.gather(levels, tl.reshape(code, (ROWS * BYTES,)), 0), (ROWS, BYTES))
+
+
+@triton.jit
+def _nibbles(codes_ptr, row, rows, first, row_bytes, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """High and low codes of bytes [first, first + BYTES) of rows `row` (int64 [ROWS]): int32 [ROWS, BYTES] each, 0 outside.
+
+    Read as words where rows allow it: shifting a byte out of a word takes half the instructions of widening it.
+    """
+    if ALIGNED:
+        word = first // 4 + tl.arange(0, BYTES // 4)
+        inside = (row < rows)[:, None] & (word * 4 < row_bytes)[None, :]
+        words = tl.load(codes_ptr + (row * (row_bytes // 4))[:, None] + word[None, :], mask=inside, other=0)
+        even, odd = tl.join((words >> 4) & 15, (words >> 20) & 15), tl.join((words >> 12) & 15, (words >> 28) & 15)
+        high = tl.reshape(tl.join(even, odd), (ROWS, BYTES))
+        even, odd = tl.join(words & 15, (words >> 16) & 15), tl.join((words >> 8) & 15, (words >> 24) & 15)
+        return high, tl.reshape(tl.join(even, odd), (ROWS, BYTES))
+    else:
+        byte = first + tl.arange(0, BYTES)
+        inside = (row < rows)[:, None] & (byte < row_bytes)[None, :]
+        codes = tl.load(codes_ptr + (row * row_bytes)[:, None] + byte[None, :], mask=inside, other=0).to(tl.int32)
+        return codes >> 4, codes & 15
 
 
 @triton.jit
@@ -78,22 +99,20 @@ def _gemv_kernel(
     x_ptr += tl.program_id(1).to(tl.int64) * x_stride
     y_ptr += tl.program_id(1).to(tl.int64) * y_stride
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    source = codes_ptr + (row * row_bytes)[:, None]
     levels = tl.load(map_ptr + tl.arange(0, 16))
     acc = tl.zeros((ROWS, BYTES // 32), dtype=tl.float32)
     for first in range(0, row_bytes, BYTES):
         byte = first + tl.arange(0, BYTES)
-        inside = (row < rows)[:, None] & (byte < row_bytes)[None, :]
-        codes = tl.load(source + byte[None, :], mask=inside, other=0).to(tl.int32)
+        high, low = _nibbles(codes_ptr, row, rows, first, row_bytes, ALIGNED, ROWS, BYTES)
         x_high, x_low = _pairs(x_ptr, byte, byte < row_bytes, y_ptr.dtype.element_ty)
-        product = _level(levels, codes >> 4, ROWS, BYTES) * x_high[None, :] + _level(levels, codes & 15, ROWS, BYTES) * x_low[None, :]
+        product = _level(levels, high, ROWS, BYTES) * x_high[None, :] + _level(levels, low, ROWS, BYTES) * x_low[None, :]
         if ALIGNED:
             block = first // 32 + tl.arange(0, BYTES // 32)
             number, whole = (row * (row_bytes // 32))[:, None] + block[None, :], (row < rows)[:, None] & (block * 32 < row_bytes)[None, :]
             scale = block_scales(absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, number, whole, DOUBLE)
             acc += tl.sum(tl.reshape(product, (ROWS, BYTES // 32, 32)), 2) * scale
         else:
-            number = ((row * row_bytes)[:, None] + byte[None, :]) // 32
+            number, inside = ((row * row_bytes)[:, None] + byte[None, :]) // 32, (row < rows)[:, None] & (byte < row_bytes)[None, :]
             scale = block_scales(absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, number, inside, DOUBLE)
             acc += tl.sum(tl.reshape(product * scale, (ROWS, BYTES // 32, 32)), 2)
     y = tl.sum(acc, 1)
@@ -108,22 +127,20 @@ def _dot_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
     m = tl.arange(0, X_ROWS)
-    source = codes_ptr + (row * row_bytes)[:, None]
     levels = tl.load(map_ptr + tl.arange(0, 16))
     acc = tl.zeros((ROWS, X_ROWS), dtype=tl.float32)
     for first in range(part * bytes_per_part, tl.minimum((part + 1) * bytes_per_part, row_bytes), BYTES):
         byte = first + tl.arange(0, BYTES)
-        inside = (row < rows)[:, None] & (byte < row_bytes)[None, :]
-        codes = tl.load(source + byte[None, :], mask=inside, other=0).to(tl.int32)
+        high, low = _nibbles(codes_ptr, row, rows, first, row_bytes, ALIGNED, ROWS, BYTES)
         if ALIGNED:
             block = first // 32 + tl.arange(0, BYTES // 32)
             number, whole = (row * (row_bytes // 32))[:, None] + block[None, :], (row < rows)[:, None] & (block * 32 < row_bytes)[None, :]
             scale = block_scales(absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, number, whole, DOUBLE)
             scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, BYTES // 32, 32)), (ROWS, BYTES))
         else:
-            number = ((row * row_bytes)[:, None] + byte[None, :]) // 32
+            number, inside = ((row * row_bytes)[:, None] + byte[None, :]) // 32, (row < rows)[:, None] & (byte < row_bytes)[None, :]
             scale = block_scales(absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, number, inside, DOUBLE)
-        high, low = _level(levels, codes >> 4, ROWS, BYTES) * scale, _level(levels, codes & 15, ROWS, BYTES) * scale
+        high, low = _level(levels, high, ROWS, BYTES) * scale, _level(levels, low, ROWS, BYTES) * scale
         w = tl.interleave(high, low).to(x_ptr.dtype.element_ty)  # [ROWS, 2 BYTES]
         col = first * 2 + tl.arange(0, BYTES * 2)
         mask = (col < row_bytes * 2)[:, None] & (m < x_rows)[None, :]
@@ -139,12 +156,13 @@ def matmul(x: torch.Tensor, packed: dict[str, torch.Tensor], out_features: int) 
         return matmul_stacked(x, [packed], [out_features])
     _check(x, [packed], [out_features])
     x_rows, row_bytes = x.shape[0], x.shape[1] // 2
+    aligned = _aligned([packed], row_bytes)
     programs = triton.cdiv(out_features, DOT_ROWS)
     parts, bytes_per_part = split(programs, row_bytes, DOT_BYTES, x.device)
     partial = torch.empty(parts, x_rows, out_features, dtype=torch.float32, device=x.device)
     _dot_kernel[(programs, parts)](
-        x, *_pointers(packed), partial, x_rows, out_features, row_bytes, bytes_per_part,
-        DOUBLE="nested_absmax" in packed, ALIGNED=row_bytes % BLOCK_BYTES == 0,
+        x, *_pointers(packed, aligned), partial, x_rows, out_features, row_bytes, bytes_per_part,
+        DOUBLE="nested_absmax" in packed, ALIGNED=aligned,
         X_ROWS=max(16, triton.next_power_of_2(x_rows)), ROWS=DOT_ROWS, BYTES=DOT_BYTES, num_warps=4, num_stages=2,
     )  # fmt: skip
     return partial.sum(0).to(x.dtype)
@@ -157,15 +175,15 @@ def matmul_stacked(x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_f
         raise ValueError(f"one launch takes 1 to {MOST_WEIGHTS} weights, all with double quantization or all without; got {len(packed)}.")
     y = x.new_empty(x.shape[0], sum(out_features))
     row_bytes = x.shape[1] // 2
-    tile = gemv_rows(y.shape[1])
+    aligned, tile = _aligned(packed, row_bytes), gemv_rows(y.shape[1])
     as_words = x.dtype.itemsize == 2 and x.storage_offset() % 2 == 0
     source = x.view(torch.int32) if as_words else x
     unused = MOST_WEIGHTS - len(packed)
-    weights = [p for weight in [*packed, *[packed[0]] * unused] for p in _pointers(weight)]
+    weights = [p for weight in [*packed, *[packed[0]] * unused] for p in _pointers(weight, aligned)]
     grid = (sum(triton.cdiv(rows, tile) for rows in out_features), x.shape[0])
     _gemv_kernel[grid](
         source, y, source.stride(0), y.stride(0), row_bytes, *out_features, *[0] * unused, *weights,
-        COUNT=len(packed), DOUBLE="nested_absmax" in packed[0], ALIGNED=row_bytes % BLOCK_BYTES == 0,
+        COUNT=len(packed), DOUBLE="nested_absmax" in packed[0], ALIGNED=aligned,
         ROWS=tile, BYTES=gemv_bytes(row_bytes), num_warps=4,
     )  # fmt: skip
     return y
@@ -182,11 +200,16 @@ def gemv_bytes(row_bytes: int) -> int:
     return next(step for step in GEMV_BYTES if -(-row_bytes // step) * step <= least + row_bytes // 8)
 
 
-def _pointers(packed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    absmax = packed["absmax"]
+def _aligned(packed: list[dict[str, torch.Tensor]], row_bytes: int) -> bool:
+    """Whether every row begins with a block of its own, and can be read in words."""
+    return row_bytes % BLOCK_BYTES == 0 and all(p["weight"].storage_offset() % 4 == 0 for p in packed)
+
+
+def _pointers(packed: dict[str, torch.Tensor], aligned: bool) -> tuple[torch.Tensor, ...]:
+    absmax, codes = packed["absmax"], packed["weight"].view(torch.int32) if aligned else packed["weight"]
     double = "nested_absmax" in packed
     nested = (packed["nested_absmax"], packed["nested_quant_map"], packed["nested_offset"]) if double else (absmax,) * 3
-    return packed["weight"], absmax, *nested, packed["quant_map"]
+    return codes, absmax, *nested, packed["quant_map"]
 
 
 def _check(x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_features: list[int]) -> None:

@@ -31,13 +31,14 @@ def cases(half, multiplies):
 
     x, f32, i32, i64, u8 = t(half), t(torch.float32), t(torch.int32), t(torch.int64), t(torch.uint8)
     for double in (True, False):
-        weight = (u8, u8 if double else f32, f32, f32, f32, f32)
+        rest = (u8 if double else f32, f32, f32, f32, f32)
+        weight = (i32, *rest)
         for count, rows, row_bytes in ((1, 4, 2048), (3, 2, 2048), (2, 4, 7168), (1, 1, 288)):
             flags = {"COUNT": count, "DOUBLE": double, "ALIGNED": True, "ROWS": rows, "BYTES": matmul_nf4.gemv_bytes(row_bytes)}
             arguments = (row_bytes, 6144, row_bytes, 4096, 1024, 1024, *weight * 3)
             yield matmul_nf4._gemv_kernel, (i32, x, *arguments), flags, 4, 3
         flags = {"COUNT": 1, "DOUBLE": double, "ALIGNED": False, "ROWS": 1, "BYTES": 512}
-        yield matmul_nf4._gemv_kernel, (x, x, 100, 40, 50, 40, 0, 0, *weight * 3), flags, 4, 3
+        yield matmul_nf4._gemv_kernel, (x, x, 100, 40, 50, 40, 0, 0, *(u8, *rest) * 3), flags, 4, 3
         if multiplies:
             tile = {"X_ROWS": 32, "ROWS": matmul_nf4.DOT_ROWS, "BYTES": matmul_nf4.DOT_BYTES, "DOUBLE": double, "ALIGNED": True}
             yield matmul_nf4._dot_kernel, (x, *weight, f32, 17, 4096, 7168, 1792), tile, 4, 2

@@ -92,6 +92,15 @@ def test_inputs_that_are_not_on_a_word_interpreted():
 
 
 @interpreted
+def test_codes_that_are_not_on_a_word_interpreted():
+    packed, w = packed_weight(9, 64)
+    packed["weight"] = torch.cat([torch.zeros(1, dtype=torch.uint8), packed["weight"]])[1:]
+    for m in (1, 2):
+        x = inputs(m, 64, torch.float32)
+        assert (matmul_nf4.matmul(x, packed, 9) - x @ w.t()).norm() <= 1e-6 * (x @ w.t()).norm()
+
+
+@interpreted
 def test_pairs_of_bf16_are_taken_apart_exactly():
     """bf16 arithmetic is wrong in the interpreter, but here each value is only widened: y's own rounding remains."""
     packed, w = packed_weight(40, 128)
