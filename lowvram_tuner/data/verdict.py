@@ -71,7 +71,7 @@ def judge(
     if last - losses[best] > max(least_change(before, lost_error), LOST_SHARE * won):
         return "memorised", _memorised(history, best, steps_per_epoch, won > threshold)
     if won > threshold:
-        return "learned", f"Learned: {_UNSEEN} the loss went from {before:.3f} to {losses[best]:.3f}{_sure(won_error)}."
+        return "learned", f"It learned: {_UNSEEN} the loss went from {before:.3f} to {losses[best]:.3f}{_sure(won_error)}."
     sure = f"; a difference below {threshold:.3f} may be chance" if abs(before - last) >= 0.0005 else ""
     return "no_change", (
         f"No measurable change: {_UNSEEN} the loss went from {before:.3f} to {last:.3f}{sure}. "
@@ -103,11 +103,11 @@ def _memorised(history: Sequence[tuple[int, float]], best: int, steps_per_epoch:
     before, last = history[0][1], history[-1][1]
     if not best:
         return (
-            f"Memorised: {_UNSEEN} it got worse from the start (from {before:.3f} to {last:.3f}). "
+            f"It memorised: {_UNSEEN} it got worse from the start (from {before:.3f} to {last:.3f}). "
             "Lower the learning rate or give more varied examples."
         )
     advice = f"The adapter kept is that of {place(best)}, the best." if was_good else "Give more varied examples."
     return (
-        f"Memorised: {_UNSEEN} it got worse from {place(best + 1)} on "
+        f"It memorised: {_UNSEEN} it got worse from {place(best + 1)} on "
         f"(from {history[best][1]:.3f} to {last:.3f}; the base had {before:.3f}). {advice}"
     )

@@ -78,8 +78,8 @@ def attach(model: nn.Module, config: TrainConfig, device: torch.device, dtype: t
     return _flatten(peft_model, device, dtype)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
-    """A model with a saved PEFT adapter on top, for chat and evaluation."""
+def load_adapter(model: nn.Module, folder: Path) -> Adapter:
+    """A saved PEFT adapter on top of a model, for chat and evaluation: nothing of it requires a gradient."""
     from safetensors.torch import load_file
 
     if not (folder / "adapter_model.safetensors").is_file():
@@ -91,7 +91,8 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     first = next(m for m in model.modules() if isinstance(m, QuantLinear))
     adapter = _flatten(peft_model, next(iter(first.packed.values())).device, model.dtype)
     load_state(adapter, load_file(folder / "adapter_model.safetensors"))
-    return peft_model.eval()
+    peft_model.eval()
+    return adapter
 
 
 def load_state(adapter: Adapter, state: dict[str, torch.Tensor]) -> None:

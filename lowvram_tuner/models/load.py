@@ -83,7 +83,7 @@ def load_for_chat(
     cap_allocator(target, plan)
     loaded = load_model(model, spec_for(config), plan, target, pick_dtype(target), progress)
     loaded.model.eval()
-    return (load_adapter(loaded.model, adapter) if adapter else loaded.model), tokenizer
+    return (load_adapter(loaded.model, adapter).model if adapter else loaded.model), tokenizer
 
 
 def as_stored(config: TrainConfig) -> TrainConfig:

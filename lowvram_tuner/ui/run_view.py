@@ -32,9 +32,10 @@ def answers_html(rows: Rows, verdict: dict[str, str] | None, step: int, by_step:
         return ""
     head = ""
     if verdict:
-        kind = verdict.get("verdict", "")
+        kind, text = verdict.get("verdict", ""), verdict.get("text", "")
         title = _VERDICTS.get(kind, "Result")
-        head = f'<p class="verdict {escape(kind)}"><b>{escape(title)}.</b> {escape(verdict.get("text", ""))}</p>'
+        told = text[len(title) + 1 :] if text.startswith(f"{title}:") else f" {text}"
+        head = f'<p class="verdict {escape(kind)}"><b>{escape(title)}:</b>{escape(told)}</p>'
     if not rows:
         return f'<section class="answers">{head}</section>'
     body = "".join(

@@ -70,7 +70,7 @@ def test_a_saved_adapter_comes_back(folder, tmp_path):
     _, adapter = on_disk_case(folder)
     save_adapter(adapter, tmp_path, "some/base")
     fresh = load_model(str(folder), resolve(16), make_plan(), CPU, torch.float32)
-    again = load_adapter(fresh.model, tmp_path)
+    again = load_adapter(fresh.model, tmp_path).model
     assert torch.equal(logits(again), logits(adapter.model.eval()))
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     with again.disable_adapter():

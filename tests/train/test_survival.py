@@ -118,7 +118,7 @@ def test_passes_become_smaller_when_no_plan_is_left_and_the_effective_batch_stay
 def test_when_nothing_helps_the_run_ends_with_advice_and_its_checkpoint(config, monkeypatch):
     fails(monkeypatch, FusedStep, "accumulate", lambda n, *_: n > 12)  # after the checkpoint of step 4
     folder = RunDir.create(config.output_dir, config)
-    with pytest.raises(ConfigError, match="needs .* GB and may use .* GB; what helps"):
+    with pytest.raises(ConfigError, match=r"needs .* GB and may use .* GB; what helps"):
         conduct(folder, Reporter(folder), resume=False)
     assert folder.state()["status"] == "failed"
     assert [p.name for p in sorted(folder.checkpoints.glob("step-*"))]
