@@ -75,6 +75,11 @@ class HostStore:
             torch.cuda.current_stream().wait_event(arrived)
         return tensor
 
+    def forget(self) -> None:
+        """Drops what is under way: a pass was broken off."""
+        self.leaving.clear()
+        self.coming.clear()
+
     def leave(self) -> None:
         """Joins the copies, so that a captured pass is complete."""
         self.settle()

@@ -58,8 +58,7 @@ class CapturedStep:
             log.warning("this step cannot be captured as a CUDA graph (%s); it runs eagerly.", str(error).splitlines()[0])
             self.enabled = False
             torch.cuda.synchronize()
-            if self.step.ring is not None:
-                self.step.ring.reset()
+            self.step.forget()
             return self.step.accumulate(batch, self.scale)
         self.pool = self.pool or graph.pool()
         self.graphs[key] = (graph, static, loss)

@@ -158,9 +158,18 @@ class FusedStep:
         if self.ring is not None and self.ring.stream is not None:
             torch.cuda.current_stream().wait_stream(self.ring.stream)
             self.ring.reset()
-        for store in (self.inputs, self.gate_up and self.gate_up.store):
-            if store is not None:
-                store.leave()
+        for store in self._stores():
+            store.leave()
+
+    def forget(self) -> None:
+        """Drops what a pass that was broken off left under way."""
+        if self.ring is not None:
+            self.ring.reset()
+        for store in self._stores():
+            store.forget()
+
+    def _stores(self) -> list[HostStore]:
+        return [store for store in (self.inputs, self.gate_up and self.gate_up.store) if store is not None]
 
     def _bring_back(self, index: int, saved: Kept, kept: list[Kept | None], gx: torch.Tensor) -> Kept:
         """The layer's input from the host, and the one before it on its way."""
