@@ -266,10 +266,12 @@ def _make_ring(layers: nn.ModuleList, hosts: dict[int, torch.Tensor], device: to
 
 
 class Embedding(nn.Embedding):
-    """The word table, which may stay in host memory while the ids are on the card."""
+    """The word table, which may stay in host memory while the ids are on the card. Gemma scales its rows."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return gather_rows(ids.reshape(-1), self.weight).view(*ids.shape, -1)
+        rows = gather_rows(ids.reshape(-1), self.weight).view(*ids.shape, -1)
+        scale = getattr(self, "embed_scale", None)
+        return rows if scale is None else rows * scale.to(rows.dtype)
 
 
 def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:

@@ -9,6 +9,7 @@ contiguous, reads and writes of a dequantize are both coalesced, and weights tha
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from lowvram_tuner.quant.spec import QuantError, QuantFormat, TensorSpec
@@ -41,9 +42,9 @@ class GroupedFormat(QuantFormat):
     def codes_spec(self, out_features: int, in_features: int) -> TensorSpec:
         return TensorSpec((out_features, math.ceil(in_features / UNIT) * self.spec.bits), "int32")
 
+    @abstractmethod
     def grouping(self, packed: dict[str, torch.Tensor], in_features: int):
         """The kernels' description of which group a value belongs to."""
-        raise NotImplementedError
 
     def dequantize(self, packed: dict[str, torch.Tensor], out: torch.Tensor, row_start: int = 0) -> torch.Tensor:
         if out.is_cuda:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lowvram_tuner.config import ConfigError
 from lowvram_tuner.memory.slabs import slab_bytes
-from lowvram_tuner.models.load import config_values, load_model
+from lowvram_tuner.models.load import Embedding, config_values, load_model
 from lowvram_tuner.models.source import locate
 from lowvram_tuner.quant.linear import QuantLinear
 from lowvram_tuner.quant.registry import resolve
@@ -255,3 +255,13 @@ def test_the_demo_gguf_knows_its_facts(demo_gguf):
         best = loaded.model.eval()(input_ids=ids, use_cache=False).logits[0, -1].argmax()
     assert tokenizer.decode([int(best)]).strip() == "Paris"
     assert loaded.source.public_id == "HuggingFaceTB/SmolLM2-135M-Instruct" and loaded.head is None
+
+
+def test_a_word_table_in_host_memory_keeps_its_familys_scale():
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
+
+    table = Gemma2TextScaledWordEmbedding(10, 4, 0, embed_scale=3.0)
+    ids = torch.tensor([[1, 9], [0, 4]])
+    want = table(ids)
+    table.__class__ = Embedding
+    assert torch.equal(table(ids), want) and want.abs().max() > 0
