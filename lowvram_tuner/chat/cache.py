@@ -39,7 +39,7 @@ class Cache:
         capacity = max(tokens, min(bucket(tokens), self.limit))
         for index, old in enumerate(self.layers):
             new = old.new_empty(capacity, *old.shape[1:])
-            new[: self.capacity] = old
+            new[: self.capacity] = old[: self.capacity]  # a move that ran out of memory left some layers larger
             self.layers[index] = new
         self.capacity = capacity
         return True

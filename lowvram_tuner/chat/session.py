@@ -26,6 +26,7 @@ from lowvram_tuner.data.report import RowError
 from lowvram_tuner.data.templates import Template
 
 Message = dict[str, str]
+NO_ROOM = "the card has no room for a conversation this long; clear it, or close other programs and ask again."
 UNFINISHED = "\ufffd"  # what an incomplete UTF-8 sequence decodes to: its other bytes are in the next token
 
 
@@ -66,7 +67,10 @@ class ChatSession:
         off = nullcontext() if adapter or not hasattr(self.model, "disable_adapter") else self.model.disable_adapter()
         with off:
             ids = generate_ids(self.model, prompt, min(room, choice.max_new_tokens), choice, self._ends(), self._stop, self.decoder)
-            yield from self._text(ids)
+            try:
+                yield from self._text(ids)
+            except torch.OutOfMemoryError:
+                raise ConfigError(NO_ROOM) from None
         self.stopped_early = self._stop.is_set()
 
     def answer(self, messages: list[Message], **options: Any) -> str:

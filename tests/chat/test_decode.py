@@ -232,3 +232,25 @@ def test_a_step_that_cannot_be_captured_stays_eager(caplog):
     again._one = lambda adapted: (again._token.item(), one(again, adapted))[1]
     assert collect(again, prompt, 8) == expected and not again.captured
     assert "cannot be captured" in caplog.text
+
+
+def test_a_cache_whose_move_ran_out_of_memory_can_be_moved_again(monkeypatch):
+    cache = cache_module.Cache(3, 2, 4, 4096, torch.float32, torch.device("cpu"))
+    cache.hold(10)
+    for layer in cache.layers:
+        layer.normal_()
+    kept = [layer[:512].clone() for layer in cache.layers]
+    original, calls = torch.Tensor.new_empty, []
+
+    def scarce(self, *size, **options):
+        calls.append(size)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, *size, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.hold(600)
+    assert cache.capacity == 512
+    assert cache.hold(600) and cache.capacity == 1024
+    assert all(torch.equal(layer[:512], old) and len(layer) == 1024 for layer, old in zip(cache.layers, kept, strict=True))

@@ -176,6 +176,20 @@ def test_errors_of_the_model_reach_the_caller(model, tokenizer, monkeypatch):
         ChatSession(model, tokenizer).answer(user("hi"))
 
 
+def test_a_full_card_says_what_to_do_and_the_next_answer_comes(model, tokenizer, monkeypatch):
+    chat = ChatSession(model, tokenizer)
+
+    def full(*_):
+        yield 72
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "generate_ids", full)
+        with pytest.raises(ConfigError, match="no room for a conversation this long"):
+            chat.answer(user("Hello"))
+    assert len(chat.answer(user("Hello"), temperature=0.0, max_new_tokens=4)) > 0
+
+
 def test_a_model_without_a_template_talks_as_it_was_trained(model):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
