@@ -1,47 +1,17 @@
-"""Every kernel of the engine compiles for real cards, without one: Triton's compiler and PTX assembler run on any machine.
-
-Shared memory is held to what the smallest card of a generation has: 64 KB on Turing, 99 KB on consumer Ampere and Ada.
-The compiling happens in a process of its own, since the other tests interpret the kernels.
-"""
-
-import os
-import subprocess
-import sys
+"""Every kernel of the engine compiles for real cards, within the shared memory of the smallest ones."""
 
 import pytest
 
 pytest.importorskip("triton")
-
-LIMITS = {75: 64 * 1024, 80: 99 * 1024, 90: 99 * 1024}
+from tests.kernels.offline import LIMITS, compiled, main
 
 
 @pytest.mark.parametrize("capability", sorted(LIMITS))
 def test_compiles_within_shared_memory(capability, root):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, __file__, str(capability)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "compiled" in done.stdout
+    assert compiled(__file__, capability, root) > 0
 
 
-class OfflineDriver:
-    """What `JITFunction.warmup` asks of a driver."""
-
-    def __init__(self, capability: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self):
-        return self.target
-
-
-def cases(half):
+def cases(half, _):
     """(kernel, arguments, constants) for 16-bit values of dtype `half`."""
     import torch
     from triton.runtime.jit import MockTensor
@@ -79,18 +49,5 @@ def cases(half):
     yield adamw._adamw_kernel, (x, x, f32, f32, f32, f32, master, f32, *rates), {"EIGHT": False, **flags}
 
 
-def main(capability: int) -> None:
-    import torch
-    from triton.runtime.driver import driver
-
-    driver.set_active(OfflineDriver(capability))
-    count = 0
-    for kernel, arguments, constants in cases(torch.float16 if capability < 80 else torch.bfloat16):
-        compiled = kernel.warmup(*arguments, grid=(1,), **constants)
-        assert compiled.metadata.shared <= LIMITS[capability], (kernel.__name__, compiled.metadata.shared)
-        count += 1
-    print(f"{count} compiled for sm_{capability}")
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(cases)

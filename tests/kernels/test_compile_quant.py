@@ -1,26 +1,18 @@
-"""The quantizers' kernels compile for real cards, within the shared memory of the smallest ones. See test_compile.py."""
-
-import os
-import subprocess
-import sys
+"""The quantizers' kernels compile for real cards, within the shared memory of the smallest ones."""
 
 import pytest
 
 pytest.importorskip("triton")
-
-LIMITS = {75: 64 * 1024, 80: 99 * 1024, 90: 99 * 1024}
+from tests.kernels.offline import LIMITS, compiled, main
 
 
 @pytest.mark.parametrize("capability", sorted(LIMITS))
 def test_quantizers_compile(capability, root):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, __file__, str(capability)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "compiled" in done.stdout
+    assert compiled(__file__, capability, root) > 0
 
 
 def cases(half, fused):
-    """(kernel, arguments, constants, options) for 16-bit values of dtype `half`; `fused` adds those with tl.dot."""
+    """(kernel, arguments, constants, warps, stages) for 16-bit values of dtype `half`; `fused` adds those with tl.dot."""
     import torch
     from triton.runtime.jit import MockTensor
 
@@ -39,39 +31,20 @@ def cases(half, fused):
         layout = {"BITS": bits, "MODE": mode, "SIZE": 128, "PER_RUN": per_run, "HAS_ZEROS": zeros is not None}
         sizes = (4096, 14336, 1792, 112)
         for out in (x, f32):
-            yield dequant_grouped._dequantize_kernel, (*pointers, out, 0, *sizes), layout | {"ROWS": 4, "RUNS": 128}, {}
+            yield dequant_grouped._dequantize_kernel, (*pointers, out, 0, *sizes), layout | {"ROWS": 4, "RUNS": 128}, 4
         for rows in (1, 4):
             tile = {"ROWS": rows, "RUNS": matmul_grouped.GEMV_RUNS}
-            yield matmul_grouped._gemv_kernel, (x, *pointers, x, *sizes), layout | tile, {}
+            yield matmul_grouped._gemv_kernel, (x, *pointers, x, *sizes), layout | tile, 4
         if fused:
             tile = {"X_ROWS": 32, "ROWS": matmul_grouped.DOT_ROWS, "RUNS": matmul_grouped.DOT_RUNS}
-            yield matmul_grouped._dot_kernel, (x, *pointers, f32, 17, *sizes, 1792), layout | tile, {"num_stages": 2}
+            yield matmul_grouped._dot_kernel, (x, *pointers, f32, 17, *sizes, 1792), layout | tile, 4, 2
     i8 = t(torch.int8)
-    yield dequant_int8._dequantize_kernel, (i8, f32, x, 0, 4096, 14336), {"ROWS": 4, "COLS": 1024}, {}
-    yield matmul_int8._gemv_kernel, (x, i8, f32, x, 4096, 14336), {"ROWS": 4, "COLS": matmul_int8.GEMV_COLS}, {}
+    yield dequant_int8._dequantize_kernel, (i8, f32, x, 0, 4096, 14336), {"ROWS": 4, "COLS": 1024}, 4
+    yield matmul_int8._gemv_kernel, (x, i8, f32, x, 4096, 14336), {"ROWS": 4, "COLS": matmul_int8.GEMV_COLS}, 4
     if fused:
         tile = {"X_ROWS": 32, "ROWS": matmul_int8.DOT_ROWS, "COLS": matmul_int8.DOT_COLS}
-        yield matmul_int8._dot_kernel, (x, i8, f32, f32, 17, 4096, 14336, 14336), tile, {"num_stages": 3}
-
-
-def main(capability: int) -> None:
-    import torch
-    from triton.runtime.driver import driver
-
-    from tests.kernels.test_compile import OfflineDriver
-
-    driver.set_active(OfflineDriver(capability))
-    count = 0
-    for kernel, arguments, constants, options in cases(torch.float16 if capability < 80 else torch.bfloat16, capability >= 80):
-        compiled = kernel.warmup(*arguments, grid=(1,), **constants, num_warps=4, **options)
-        assert compiled.metadata.shared <= LIMITS[capability], (kernel.__name__, constants, compiled.metadata.shared)
-        count += 1
-        if os.environ.get("SHOW"):
-            ttgir, ptx = compiled.asm["ttgir"], compiled.asm["ptx"]
-            print(kernel.__name__, constants, "shared", compiled.metadata.shared, "cvt", ttgir.count("convert_layout"),
-                  "ld", {k: ptx.count(f"ld.global{k}") for k in (".v4.b32", ".v2.b32", ".b32", ".b16", ".b8")}, "stv4", ptx.count("st.global.v4"), "lines", len(ptx.splitlines()), flush=True)  # fmt: skip
-    print(f"{count} compiled for sm_{capability}")
+        yield matmul_int8._dot_kernel, (x, i8, f32, f32, 17, 4096, 14336, 14336), tile, 4, 3
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(cases)

@@ -1,23 +1,17 @@
-"""QuIP#'s kernels compile for real cards, within the shared memory of the smallest ones. See test_compile.py."""
-
-import os
-import subprocess
-import sys
+"""QuIP#'s kernels compile for real cards, within the shared memory of the smallest ones."""
 
 import pytest
 
 pytest.importorskip("triton")
+from tests.kernels.offline import LIMITS, compiled, main
 
 # Rotations and products of several rows are used from compute capability 8.0; sm_90 is a data-centre card alone.
-LIMITS = {75: 64 * 1024, 80: 99 * 1024, 90: 227 * 1024}
+LARGER = LIMITS | {90: 227 * 1024}
 
 
 @pytest.mark.parametrize("capability", sorted(LIMITS))
 def test_quip_compiles(capability, root):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, __file__, str(capability)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "compiled" in done.stdout
+    assert compiled(__file__, capability, root) > 0
 
 
 def cases(half, multiplies):
@@ -50,20 +44,5 @@ def cases(half, multiplies):
                 yield hadamard_kernel._sylvester_kernel, arguments, flags, warps, 1
 
 
-def main(capability: int) -> None:
-    import torch
-    from triton.runtime.driver import driver
-
-    from tests.kernels.test_compile import OfflineDriver
-
-    driver.set_active(OfflineDriver(capability))
-    count = 0
-    for kernel, arguments, constants, warps, stages in cases(torch.float16 if capability < 80 else torch.bfloat16, capability >= 80):
-        compiled = kernel.warmup(*arguments, grid=(1,), **constants, num_warps=warps, num_stages=stages)
-        assert compiled.metadata.shared <= LIMITS[capability], (kernel.__name__, constants, compiled.metadata.shared)
-        count += 1
-    print(f"{count} compiled for sm_{capability}")
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(cases, LARGER)

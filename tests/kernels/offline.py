@@ -1,0 +1,60 @@
+"""Compiling kernels for real cards without one: Triton's compiler and PTX assembler run on any machine.
+
+Shared memory is held to what the smallest card of a generation has: 64 KB on Turing, 99 KB on consumer Ampere and Ada.
+The compiling happens in a process of its own, since the other tests interpret the kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+LIMITS = {75: 64 * 1024, 80: 99 * 1024, 90: 99 * 1024}  # bytes of shared memory by compute capability
+
+
+def compiled(file: str, capability: int, root: Path) -> int:
+    """Runs a test file as a program that ends in `main`; returns how many kernels it compiled."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, file, str(capability)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return int(done.stdout.split()[-1])
+
+
+def main(cases: Callable[..., Iterable[tuple]], limits: dict[int, int] = LIMITS) -> None:
+    """Compiles cases(half, multiplies) for the capability that the command line names.
+
+    half: fp16 on Turing, else bf16. multiplies: whether tl.dot runs on tensor cores as the project uses it, from 8.0 on. A case
+    is (kernel, arguments, constants[, warps[, stages]]).
+    """
+    import torch
+    from triton.runtime.driver import driver
+
+    capability, count = int(sys.argv[1]), 0
+    driver.set_active(_Driver(capability))
+    for kernel, arguments, constants, *launch in cases(torch.float16 if capability < 80 else torch.bfloat16, capability >= 80):
+        options = dict(zip(("num_warps", "num_stages"), launch))
+        done = kernel.warmup(*arguments, grid=(1,), **constants, **options)
+        assert done.metadata.shared <= limits[capability], (kernel.__name__, constants, done.metadata.shared)
+        count += 1
+    print(count)
+
+
+class _Driver:
+    """What `JITFunction.warmup` asks of a driver."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        return self.target
