@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from lowvram_tuner.data.report import RowError
 from lowvram_tuner.data.templates import Messages, Template
 
-LONGEST = 64  # tokens of an answer
+LONGEST = 48  # tokens of an answer
 
 
 class Questions:
