@@ -30,7 +30,7 @@ def trained(files, tmp_path):
     config = TrainConfig(model=str(files[0]), bits=16, precision="fp32", max_seq_length=WINDOW, lora_r=4)
     session = build(config, make_plan(config))
     generator = torch.Generator().manual_seed(1)
-    session.adapter.parameters.copy_(torch.randn(session.adapter.parameters.shape, generator=generator) * 0.05)
+    session.adapter.parameters.copy_(torch.randn(session.adapter.parameters.shape, generator=generator) * 0.15)
     save_adapter(session.adapter, tmp_path / "adapter", "some/base")
     return config, tmp_path / "adapter", session.adapter.model.eval()
 
