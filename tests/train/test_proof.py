@@ -8,7 +8,6 @@ import shlex
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_model import make_data, make_model
 
 from lowvram_tuner import cli
 from lowvram_tuner.config import TrainConfig
@@ -18,12 +17,6 @@ from lowvram_tuner.train.answers import Questions
 from lowvram_tuner.train.events import Reporter
 from lowvram_tuner.train.run_dir import RunDir
 from lowvram_tuner.train.worker import conduct
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    return make_model(folder / "model"), make_data(folder / "rows.jsonl")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from tiny_model import make_data, make_model
+from tiny_model import make_data
 
 from lowvram_tuner import cli
 from lowvram_tuner.config import ConfigError, TrainConfig
@@ -20,12 +20,6 @@ from lowvram_tuner.train.supervisor import Supervisor
 from lowvram_tuner.train.worker import conduct
 
 STEPS, CUT = 20, 10
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    return make_model(folder / "model"), make_data(folder / "rows.jsonl")
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_model import make_data, make_model
 
 from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.hardware.card import Card
@@ -18,12 +17,6 @@ from lowvram_tuner.train.worker import conduct
 
 GB = 10**9
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    return make_model(folder / "model"), make_data(folder / "rows.jsonl")
 
 
 @pytest.fixture
