@@ -24,7 +24,9 @@ def cap_allocator(device: torch.device, plan: Plan) -> None:
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13):
         settings.append("pinned_max_round_threshold_mb:16")
     if settings:
-        torch.cuda.memory._set_allocator_settings(",".join(settings))
+        # The older name warns where both exist.
+        change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+        change(",".join(settings))
     if plan.budget.limit_bytes:
         total = torch.cuda.get_device_properties(device).total_memory
         share = (plan.budget.limit_bytes - plan.budget.context_bytes) / total

@@ -134,8 +134,7 @@ class GateUpAway:
         return put
 
     def turn(self) -> None:
-        """Between forward and backward: all copies out are done, the first copy back begins."""
-        self.store.settle()
+        """The first copy back begins. All copies out are done: whoever calls settles them when memory is needed."""
         self._prefetch(self.first)
 
     def gives(self, layer: int) -> Callable[[int], torch.Tensor | None]:

@@ -70,6 +70,9 @@ class FusedStep:
         if plan.inputs_on_host and max_tokens:
             self.inputs = HostStore(len(again), (max_tokens, config.hidden_size), loaded.dtype, loaded.device)
         if plan.gate_up_on_host and max_tokens:
+            # Most memory is taken while the last layer, which keeps everything, and the loss are computed: no copy is under way then.
+            last = len(self.layers) - 1
+            self.away_until, self.back_from = last if plan.keep_all else last + 1, min(last, max(again) + (plan.keep_all > 1))
             columns = self.layers[0].gate_up.out_features
             self.gate_up = GateUpAway(again, max_tokens, plan.mlp_chunk, plan.gate_up_on_host, columns, loaded.dtype, loaded.device)
 
@@ -91,6 +94,8 @@ class FusedStep:
         for index, layer in enumerate(self.layers):
             self._enter(index, +1)
             level = self.keep_level(index)
+            if self.gate_up is not None and index == self.away_until:
+                self.gate_up.store.settle()
             y, saved = layer.forward(x, sequences, level, self.gate_up and self.gate_up.takes(index))
             if self.inputs is not None and level == INPUT:
                 self.inputs.put(index, x)
@@ -98,14 +103,14 @@ class FusedStep:
             kept.append(saved)
             x = y
             del y, saved
-        if self.inputs is not None:
-            self.inputs.settle()
+        for store in self._stores():
+            store.settle()
         total, gx = self._loss(x, batch, scale)
         del x
-        if self.gate_up is not None:
-            self.gate_up.turn()
         for index in reversed(range(len(self.layers))):
             self._enter(index, -1)
+            if self.gate_up is not None and index == self.back_from:
+                self.gate_up.turn()
             saved, kept[index] = kept[index], None
             if self.inputs is not None:
                 saved = self._bring_back(index, saved, kept, gx)

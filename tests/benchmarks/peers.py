@@ -80,13 +80,13 @@ def with_adapter(peer: str, model: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LINEARS), task_type="CAUSAL_LM"))
 
 
-def random_batches(batch: int, length: int) -> Iterator[dict[str, Any]]:
-    """Token ids and labels [batch, length], every position a target."""
+def random_batches(batch: int, length: int, vocabulary: int) -> Iterator[dict[str, Any]]:
+    """Token ids below `vocabulary` and labels [batch, length], every position a target."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     while True:
-        ids = torch.randint(5, 16000, (batch, length), generator=generator)
+        ids = torch.randint(5, vocabulary, (batch, length), generator=generator)
         yield {"input_ids": ids, "labels": ids}
 
 
@@ -194,7 +194,7 @@ def measure(args: argparse.Namespace, zero: int) -> dict[str, Any]:
     if args.what == "rows":
         batches = row_batches(args.data, args.folder, tokenizer, args.batch, args.length, args.runs)
     else:
-        batches = random_batches(args.batch, args.length)
+        batches = random_batches(args.batch, args.length, min(16000, model.config.vocab_size))
     return train(model, batches, args.steps, zero) | loaded
 
 
