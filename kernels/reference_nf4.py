@@ -38,16 +38,20 @@ def dynamic_map() -> torch.Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-def quantize(weight: torch.Tensor, double_quant: bool = True) -> dict[str, torch.Tensor]:
-    """Packs a weight (any shape, float dtype) as `quant.nf4.NF4` describes. Works in chunks; the result is on its device."""
-    flat = weight.reshape(-1)
-    parts = [_blocks(flat[start : start + CHUNK]) for start in range(0, flat.numel(), CHUNK)]
-    codes, absmax = torch.cat([c for c, _ in parts]), torch.cat([a for _, a in parts])
-    packed = {"weight": codes, "quant_map": torch.tensor(LEVELS, device=weight.device)}
+def quantize(weight: torch.Tensor, double_quant: bool = True, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+    """Packs a weight (any shape, float dtype) as `quant.nf4.NF4` describes, on `device` (default its own), chunk by chunk."""
+    flat, device = weight.reshape(-1), device or weight.device
+    codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-flat.numel() // BLOCK), device=device)
+    for start in range(0, flat.numel(), CHUNK):
+        chunk_codes, chunk_absmax = _blocks(flat[start : start + CHUNK].to(device))
+        codes[start // 2 : start // 2 + len(chunk_codes)] = chunk_codes
+        absmax[start // BLOCK : start // BLOCK + len(chunk_absmax)] = chunk_absmax
+    packed = {"weight": codes, "quant_map": torch.tensor(LEVELS, device=device)}
     if not double_quant:
         return packed | {"absmax": absmax}
     offset = absmax.mean()
-    levels = dynamic_map().to(weight.device)
+    levels = dynamic_map().to(device)
     nested, scales = _nearest(absmax - offset, levels)
     return packed | {
         "absmax": nested,

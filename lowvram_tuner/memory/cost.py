@@ -13,6 +13,7 @@ from lowvram_tuner.memory.budget import MB, Budget, Rates
 from lowvram_tuner.memory.estimate import Work, optimizer_bytes
 
 ROUNDING_BYTES = 48 * MB  # the allocator's: blocks of 512 bytes, segments of 2 to 20 MB
+GAPS, MOST_GAPS = 32, 96 * MB  # for so many bytes of activations and work one lies in gaps, which a graph's pool cannot close; at most
 HIDDEN = 0.9  # share of the arithmetic's time that transfers are planned to hide behind
 WORKSPACE_BYTES = 2 * 8519680  # cuBLAS's own, one for each stream that multiplies; `train.session` sets its size
 
@@ -102,12 +103,22 @@ class Cost:
         recomputing = self.inputs + attention + self.recompute_work if kept.keep_all < self.layers else 0
         return at_loss, recomputing
 
+    def _gaps(self, moments: tuple[int, int]) -> int:
+        return min(max(moments) // GAPS, MOST_GAPS) if self.work.item == 2 else 0
+
+    def _without_gaps(self, room: int) -> int:
+        """The most bytes that fit `room` together with their gaps."""
+        if self.work.item != 2:
+            return room
+        return max(room - MOST_GAPS, GAPS * (room // (GAPS + 1)) + min(room % (GAPS + 1), GAPS - 1))
+
     def _loss_work(self, keep_all: int) -> int:
         return max(self.loss, self.kept_work) if keep_all else self.loss
 
     def total(self, kept: Layers) -> int:
         """All bytes of the process."""
-        return self.always + self._weights(kept.streamed) + max(self._moments(kept))
+        moments = self._moments(kept)
+        return self.always + self._weights(kept.streamed) + max(moments) + self._gaps(moments)
 
     def components(self, kept: Layers) -> dict[str, int]:
         """Bytes of every part, in display order."""
@@ -116,7 +127,7 @@ class Cost:
         beyond = max(at_loss, recomputing) - stored
         layer_work = min(beyond, self.kept_work if at_loss > recomputing else beyond)
         parts = {"weights": self._weights(kept.streamed), **self.fixed}
-        scratch, context = parts.pop("scratch"), parts.pop("context")
+        scratch, context = parts.pop("scratch"), parts.pop("context") + self._gaps((at_loss, recomputing))
         return parts | {
             "activations": stored, "layer_work": layer_work, "loss": beyond - layer_work, "scratch": scratch, "context": context,
         }  # fmt: skip
@@ -125,6 +136,7 @@ class Cost:
         """As many stored activations as `limit` bytes hold: whole layers first, which save most time per byte, then
         attention's output. None when not even a run that stores none fits."""
         room = limit - self.always - self._weights(streamed)
+        room = self._without_gaps(room)
         if room < self.inputs + max(self.loss, self.recompute_work):
             return None
         spare = room - self.inputs - max(self.loss, self.kept_work)

@@ -33,6 +33,7 @@ from lowvram_tuner.quant.linear import QuantLinear
 from lowvram_tuner.quant.registry import quant_format, resolve
 from lowvram_tuner.quant.spec import QuantFormat, QuantSpec, Scratch
 
+RANDOM_ROWS = 512  # of a random weight that differ
 Progress = Callable[[str, float, float], None]  # what, done, total
 
 
@@ -204,8 +205,12 @@ def _fill_layer(
                     raise ConfigError(f"{prefix}.{name} is stored as {seen}, but the model's config asks for {shape}.")
                 packed = {k: v.to(device) for k, v in stored[name].packed.items()}
             else:
-                weight = _read(weights, f"{prefix}.{name}.weight", shape, device)
+                # Of random weights a few rows are quantized, which takes less than a plan may hold, and repeated.
+                rows = shape[0] if weights is not None else min(shape[0], RANDOM_ROWS)
+                weight = _read(weights, f"{prefix}.{name}.weight", (rows, shape[1]), device)
                 packed = formats[name].quantize(weight.to(device=device, dtype=_source_dtype(weight, dtype)))
+                if rows < shape[0]:
+                    packed = {k: _repeated(packed[k], torch.empty_like(view)) for k, view in slab.views[name].items()}
             if held[name] is not formats[name]:
                 packed = {"weight": formats[name].dequantize(packed, torch.empty(shape, dtype=dtype))}
             _store(packed, slab.views[name])
@@ -227,10 +232,11 @@ def _source_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def _read(weights: Weights | None, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
-    """A tensor of the checkpoint on the CPU, or without one a random one, made on `device` where that is faster."""
+    """A tensor of the checkpoint on the CPU, or without one a random one on `device`."""
     if weights is None:
         generator = torch.Generator(device).manual_seed(len(name))
-        return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator)
+        some = torch.empty(min(shape[0], RANDOM_ROWS), *shape[1:], dtype=torch.bfloat16, device=device)
+        return _repeated(some.normal_(0, 0.02, generator=generator), torch.empty(shape, dtype=torch.bfloat16, device=device))
     tensor = weights.read(name)
     if tuple(tensor.shape) != tuple(shape):
         raise ConfigError(f"tensor {name!r} has shape {tuple(tensor.shape)}, but the model's config asks for {tuple(shape)}.")
@@ -240,6 +246,15 @@ def _read(weights: Weights | None, name: str, shape: tuple[int, ...], device: to
 def _store(packed: dict[str, torch.Tensor], views: dict[str, torch.Tensor]) -> None:
     for name, view in views.items():
         view.copy_(packed[name].view(view.shape) if packed[name].shape != view.shape else packed[name])
+
+
+def _repeated(some: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Fills `out` with the values of `some` over and over: any codes and scales of a format are a weight of it."""
+    flat, values = out.view(-1), some.reshape(-1)
+    for start in range(0, flat.numel(), values.numel()):
+        part = flat[start : start + values.numel()]
+        part.copy_(values[: part.numel()])
+    return out
 
 
 def _replace_linear(layer, name, linear, fmt, slab, scratch, weights, prefix) -> None:
@@ -279,8 +294,9 @@ def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
     model, device, dtype = loaded.model, loaded.device, loaded.dtype
     embedding = model.model.embed_tokens
     shape = (embedding.num_embeddings, embedding.embedding_dim)
-    table = _read(weights, "model.embed_tokens.weight", shape, device).to(dtype)
-    table = table.cpu().pin_memory() if plan.embeddings_on_host and device.type == "cuda" else table.to(device)
+    on_host = plan.embeddings_on_host and device.type == "cuda"
+    table = _read(weights, "model.embed_tokens.weight", shape, "cpu" if on_host else device).to(dtype)
+    table = table.pin_memory() if on_host else table.to(device)
     embedding.weight = nn.Parameter(table, requires_grad=False)
     if table.device != device:
         embedding.__class__ = Embedding
@@ -291,8 +307,8 @@ def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
         return
     fmt = _format(resolve(plan.head_bits), dtype)
     slab = make_slab({"lm_head": fmt.layout(*shape)}, device)
-    weight = _read(weights, "lm_head.weight", shape, device)
-    _store(fmt.quantize(weight.to(device=device, dtype=dtype)), slab.views["lm_head"])
+    weight = _read(weights, "lm_head.weight", shape).to(dtype)  # a large vocabulary's takes more than all that a card may hold
+    _store(fmt.quantize_onto(weight, device), slab.views["lm_head"])
     loaded.head = QuantLinear(shape[1], shape[0], fmt)
     loaded.head.bind(slab.views["lm_head"], loaded.scratch)
     model.lm_head = loaded.head

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 
+PIECE = 1 << 22  # values quantized at a time where a whole head is: its fp32 copy never exists
+
+
 class Int8(QuantFormat):
     """packed: qweight int8 [out, in], SCB fp32 [out]."""
 
@@ -28,6 +31,13 @@ class Int8(QuantFormat):
         from kernels import reference_int8
 
         return reference_int8.quantize(finite(weight))
+
+    def quantize_onto(self, weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+        import torch
+
+        step = max(1, PIECE // weight.shape[1])
+        packed = [self.quantize(weight[start : start + step].to(device)) for start in range(0, len(weight), step)]
+        return {name: torch.cat([p[name] for p in packed]) for name in packed[0]}
 
     def dequantize(self, packed: dict[str, torch.Tensor], out: torch.Tensor, row_start: int = 0) -> torch.Tensor:
         if out.is_cuda:

@@ -79,6 +79,10 @@ class QuantFormat(ABC):
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Packs W [out, in] (any float dtype, any device) by the format's data-free rounding."""
 
+    def quantize_onto(self, weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+        """`quantize`, with the result on `device`. A format that heads are held in sends a weight there piece by piece."""
+        return self.quantize(weight.to(device))
+
     @abstractmethod
     def dequantize(self, packed: dict[str, torch.Tensor], out: torch.Tensor, row_start: int = 0) -> torch.Tensor:
         """out[i, :] = W[row_start + i, :] in out's dtype. out: [rows, in], fp16, bf16 or fp32, contiguous. Returns out.

@@ -59,7 +59,10 @@ class CapturedStep:
             self.enabled = False
             torch.cuda.synchronize()
             self.step.forget()
-            return self.step.accumulate(batch, self.scale)
-        self.pool = self.pool or graph.pool()
-        self.graphs[key] = (graph, static, loss)
-        return self._replay(key, batch)
+        else:
+            self.pool = self.pool or graph.pool()
+            self.graphs[key] = (graph, static, loss)
+            return self._replay(key, batch)
+        del graph  # with the memory of its pool, which the error's traceback held until here
+        torch.cuda.empty_cache()
+        return self.step.accumulate(batch, self.scale)

@@ -50,6 +50,7 @@ SHAPES = {  # name: (catalogue id, layers)
     "qwen3-14b": ("Qwen/Qwen3-14B", 8),
 }
 PER_SHAPE = 8
+TOLD = 3  # a worker's exit code after a case that failed and said so
 METHODS = (("nf4", 4), ("quip", 2), ("hqq", 3), ("int8", 8), ("none", 16), ("gptq", 4), ("hqq", 2))
 SIZES = ((1, 512), (4, 512), (1, 2048), (16, 128), (2, 1024), (1, 4096), (16, 512), (8, 256), (1, 128))  # batch x length
 RANKS = (16, 4, 64, 8, 128)
@@ -174,10 +175,10 @@ def work(names: list[str], until: float) -> None:
             try:
                 row = measure(chosen[name], Path(folder))
             except Exception as error:  # whatever fails is told, and must not hide the other cases
-                row = {**asdict(chosen[name]), "name": name, "error": f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"[:300]}
+                row = {**asdict(chosen[name]), "name": name, "error": f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"[:900]}
             print("ROW " + json.dumps(row), flush=True)
-            if "CUDA error" in row.get("error", ""):  # the process is of no more use; the same command goes on
-                break
+            if "error" in row:  # what the case left behind would be counted in the next one's peak
+                sys.exit(TOLD)
 
 
 def run_group(names: list[str], until: float, keep: Callable[[dict[str, Any]], None]) -> None:
@@ -192,7 +193,7 @@ def run_group(names: list[str], until: float, keep: Callable[[dict[str, Any]], N
                 row = json.loads(line[4:])
                 names = [n for n in names if n != row["name"]]
                 keep(row)
-        if process.wait() != 0 and names:
+        if process.wait() not in (0, TOLD) and names:
             keep({"name": names[0], "error": f"its process ended with {process.returncode}"})
             names = names[1:]
 
