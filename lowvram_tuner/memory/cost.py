@@ -73,7 +73,7 @@ class Cost:
         }
         self.always = sum(self.fixed.values())
         hidden = work.saved_bytes("input")
-        self.inputs = 2 * hidden if choice.inputs_on_host else (self.layers + 1) * hidden
+        self.inputs = (2 * hidden if choice.inputs_on_host else (self.layers + 1) * hidden) + work.position_bytes()
         # What a layer that keeps more takes beyond one that keeps its input; its input too, where others put theirs away.
         counted = 0 if choice.inputs_on_host else hidden
         self.extra_all, self.extra_attention = work.saved_bytes("all") - counted, work.saved_bytes("attention") - counted
@@ -96,12 +96,15 @@ class Cost:
         """Bytes of activations and work at the two moments that may be the peak.
 
         The layers that keep everything are the last: their backward is over, and their memory free, before the first layer
-        computes again. So the peak is the loss with everything kept, or the first recomputing layer.
+        computes again. So the peak is the loss with everything kept, or the first recomputing layer, which need not compute
+        again what it kept of its attention.
         """
         attention = kept.keep_attention * self.extra_attention
         at_loss = self.inputs + kept.keep_all * self.extra_all + attention + self._loss_work(kept.keep_all)
-        recomputing = self.inputs + attention + self.recompute_work if kept.keep_all < self.layers else 0
-        return at_loss, recomputing
+        if kept.keep_all == self.layers:
+            return at_loss, 0
+        others = max(0, kept.keep_attention - 1) * self.extra_attention
+        return at_loss, self.inputs + others + self.recompute_work
 
     def _gaps(self, moments: tuple[int, int]) -> int:
         return min(max(moments) // GAPS, MOST_GAPS) if self.work.item == 2 else 0
@@ -143,9 +146,14 @@ class Cost:
         all_ = min(self.layers, max(0, spare // self.extra_all))
         if all_ == self.layers:
             return Layers(streamed, all_)
-        spare = room - self.inputs - max(self._loss_work(all_) + all_ * self.extra_all, self.recompute_work)
-        attention = min(self.layers - all_, spare // self.extra_attention)
+        attention = min(self.layers - all_, self._attention_within(all_, room - self.inputs))
         return Layers(streamed, all_, attention, self._hidden(streamed, all_, attention))
+
+    def _attention_within(self, all_: int, room: int) -> int:
+        """How many layers' attention outputs fit at either moment, in `room` bytes beside the inputs."""
+        at_loss = room - self._loss_work(all_) - all_ * self.extra_all
+        recomputing = room - self.recompute_work + self.extra_attention
+        return min(at_loss, recomputing) // self.extra_attention
 
     def _hidden(self, streamed: int, all_: int, attention: int) -> int:
         """How many chunks' gate and up can travel out behind forward's arithmetic and back behind backward's, and fit in RAM."""

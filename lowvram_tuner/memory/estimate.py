@@ -19,11 +19,13 @@ VOCABULARY_TILE = 16384  # rows of a head that needs no dequantizing met at a ti
 MLP, ATTENTION = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
 LEAVING = 3  # chunks of gate and up that may be on their way to the host at once
 LOSS_ROWS = 2048  # rows of hidden states that meet one tile of the head at a time
+SEQUENCE_ROWS = 128  # by which flash attention's backward pads its accumulator, for every sequence of a pass
 
 
 @dataclass(frozen=True)
 class Work:
-    """The settings that size a run. `item` is the bytes of one activation or adapter value (2 on a card, 4 on the CPU)."""
+    """The settings that size a run. `item` is the bytes of one activation or adapter value (2 on a card, 4 on the CPU);
+    `sequences`: the most examples that lie in one pass."""
 
     shape: ModelShape
     spec: QuantSpec
@@ -31,6 +33,7 @@ class Work:
     lora_r: int
     targets: tuple[str, ...]
     item: int = 2
+    sequences: int = 1
 
     @property
     def q(self) -> int:
@@ -84,12 +87,16 @@ class Work:
             size += t * (self.q + 2 * self.kv + self.rotated + 2 * s.intermediate_size) * self.item
         return size
 
+    def position_bytes(self) -> int:
+        """Sine and cosine of every position: T 2 head_dim."""
+        return 2 * self.tokens * self.shape.head_dim * self.item
+
     def kept_work_bytes(self) -> int:
         """The backward of a layer that kept everything: MLP T (2 H + I) and what the format allocates, or attention less the
         gate and up it has freed."""
         s = self.shape
         mlp = self.tokens * (2 * s.hidden_size + s.intermediate_size) * self.item + self.format_bytes(self.tokens, *MLP)
-        attention = self.tokens * (s.hidden_size + self._attention_gradients() - 2 * s.intermediate_size) * self.item
+        attention = self.tokens * (s.hidden_size - 2 * s.intermediate_size) * self.item + self._attention_gradients()
         return max(mlp, attention)
 
     def chunks(self, mlp_chunk: int) -> int:
@@ -110,7 +117,7 @@ class Work:
         s, c = self.shape, min(mlp_chunk, self.tokens)
         h, qkv = s.hidden_size, self.q + 2 * self.kv + self.rotated
         mlp = (self.tokens * (2 * h + self.q + qkv) + c * (h + 3 * s.intermediate_size)) * self.item + self.format_bytes(c, *MLP)
-        own = max(self.tokens * self._attention_gradients() * self.item, self.format_bytes(self.tokens, *ATTENTION))
+        own = max(self._attention_gradients(), self.format_bytes(self.tokens, *ATTENTION))
         backward = max(mlp, self.tokens * (h + self.q + qkv) * self.item + own)
         if not away:
             return backward
@@ -124,9 +131,12 @@ class Work:
         return max(fmt.work_bytes(tokens, *sizes[name], self.item) for name in names)
 
     def _attention_gradients(self) -> int:
-        """Values a token in attention's backward: the output's gradient Q, dq, dk and dv of every head 3 Q, an fp32
-        accumulator (2 Q at 16 bit), and dk, dv summed over the groups 2 KV."""
-        return self.q + 3 * self.q + 2 * self.q + 2 * self.kv
+        """Attention's backward: the output's gradient Q, dq, dk and dv of every head 3 Q, dk and dv summed over the heads that
+        share them 2 KV; and in fp32 an accumulator of dq and a sum a head, for the padded sequences."""
+        s = self.shape
+        shared = 2 * self.kv if s.num_key_value_heads != s.num_attention_heads else 0
+        padded = self.tokens + SEQUENCE_ROWS * self.sequences
+        return self.tokens * (4 * self.q + shared) * self.item + padded * (self.q + s.num_attention_heads) * 4
 
     def loss_bytes(self, scratch: int) -> int:
         """Hidden states, normed and label rows, the fp32 accumulator: T H (4 items + 4 bytes); then the larger of one tile

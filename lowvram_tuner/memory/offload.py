@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 
 from lowvram_tuner.memory.estimate import LEAVING
-from lowvram_tuner.memory.slabs import pinned_bytes
+from lowvram_tuner.memory.slabs import copy_in_pieces, pinned_bytes
 
 
 class HostStore:
@@ -45,7 +45,7 @@ class HostStore:
         self.settle(self.depth - 1)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            target.copy_(x, non_blocking=True)
+            copy_in_pieces(target, x)
         self.leaving.append((x, self.stream.record_event()))
 
     def settle(self, left: int = 0) -> None:
@@ -64,7 +64,7 @@ class HostStore:
         like = torch.empty(host.shape, dtype=host.dtype, device=self.stream.device)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            like.copy_(host, non_blocking=True)
+            copy_in_pieces(like, host)
         self.coming[unit] = (like, self.stream.record_event())
 
     def get(self, unit: int, rows: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from lowvram_tuner.memory.estimate import Work
 from lowvram_tuner.models.catalogue import ModelShape
 from lowvram_tuner.quant.registry import methods, resolve
 
+PACKED = 8  # examples that a packed row is planned to hold; the fit check measures what the data's rows do
 FEWEST_STREAMED = 3  # the ring's two slots cost as much as two layers, so streaming fewer saves nothing
 COMPONENT_LABELS = {
     "weights": "model", "embeddings": "word table", "head": "output layer", "adapter": "adapter",
@@ -143,7 +144,8 @@ def _for_activations(cost: Cost, limit: int, budget: Budget) -> int:
 def _work(config: TrainConfig, shape: ModelShape, budget: Budget) -> Work:
     spec = resolve(config.bits, config.method, group_size=shape.group_for(config.group_size))
     tokens = config.micro_batch_size * config.max_seq_length
-    return Work(shape, spec, tokens, config.lora_r, config.target_modules, item=2 if budget.kind == "vram" else 4)
+    sequences = config.micro_batch_size * (PACKED if config.packing else 1)
+    return Work(shape, spec, tokens, config.lora_r, config.target_modules, 2 if budget.kind == "vram" else 4, sequences)
 
 
 def _sacrifices(work: Work, budget: Budget) -> list[Choice]:

@@ -17,6 +17,7 @@ import torch
 from lowvram_tuner.memory.estimate import ALIGN
 from lowvram_tuner.quant.spec import TensorSpec
 
+PIECE = 32 << 20  # bytes of one copy: half a millisecond of a fast bus
 Layout = dict[str, dict[str, TensorSpec]]  # linear's name -> packed tensor's name -> spec
 
 
@@ -95,7 +96,7 @@ class Ring:
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            self.slots[slot][: source.numel()].copy_(source, non_blocking=True)
+            copy_in_pieces(self.slots[slot][: source.numel()], source)
 
     def fetch(self, layer: int) -> None:
         """Makes the current stream wait for the layer's slab, copying it now if nobody prefetched it."""
@@ -115,6 +116,17 @@ def streamed_layers(layers: int, streamed: int) -> list[int]:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
+
+
+def copy_in_pieces(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies [n, ..] between pinned memory and the card on the current stream, PIECE bytes at a time.
+
+    A card has one copy engine a direction, which takes the streams' copies in turn: a small copy that is needed soon waits for
+    one piece of a large one, not for all of it. At 8B 16x512 the layers' inputs, 1 ms each, stood 9 ms behind gate and up.
+    """
+    step = max(1, PIECE // (source[0].numel() * source.element_size()))
+    for begin in range(0, len(source), step):
+        target[begin : begin + step].copy_(source[begin : begin + step], non_blocking=True)
 
 
 def pinned_bytes(nbytes: int) -> torch.Tensor:

@@ -330,8 +330,8 @@ def _load_small(model: nn.Module, weights: Weights | None, device: torch.device,
 
 
 def _scratch_bytes(model: nn.Module, plan: Plan, dtype: torch.dtype) -> int:
-    """The plan's scratch, or for a plan without one the largest linear of a layer."""
-    if plan.scratch_bytes:
+    """The plan's scratch, or for a plan that says nothing of it the largest linear of a layer."""
+    if plan.scratch_bytes or plan.components:
         return plan.scratch_bytes
     largest = max((m.in_features * m.out_features for m in model.model.layers[0].modules() if isinstance(m, nn.Linear)), default=0)
     return largest * dtype.itemsize

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,7 +43,7 @@ def bench(
     """
     device = pick_device()
     used_before = _used_bytes()
-    plan = make_plan(config)
+    plan = make_plan(replace(config, packing=False))  # every row is one example
     cap_allocator(device, plan)
     started = time.perf_counter()
     loaded = _load(config, plan, device, random_weights)

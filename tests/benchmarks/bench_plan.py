@@ -114,7 +114,7 @@ def config_for(case: Case, model: str, context: int) -> TrainConfig:
     """The run of a case, its budget `share` of the way between the leanest plan and the one that keeps everything."""
     config = TrainConfig(
         model=model, bits=case.bits, method=case.method, micro_batch_size=case.batch, max_seq_length=case.length,
-        lora_r=case.rank, gradient_accumulation_steps=1,
+        lora_r=case.rank, gradient_accumulation_steps=1, packing=False,
     )  # fmt: skip
     leanest, richest = (planned(case, config, limit, context).process_bytes for limit in (0, 10**13))
     return replace(config, vram_gb=(leanest + case.share * (richest - leanest) + 10**6) / GB)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
+from lowvram_tuner.memory import slabs
 from lowvram_tuner.memory.estimate import ALIGN, linear_bytes
 from lowvram_tuner.memory.slabs import Ring, make_slab, slab_bytes, streamed_layers
 from lowvram_tuner.quant.registry import quant_format, resolve
@@ -110,3 +112,12 @@ def test_on_a_card_the_bytes_are_right_while_copies_and_work_overlap():
 @pytest.mark.gpu
 def test_a_streamed_slab_is_pinned():
     assert make_slab(LAYOUT, "cuda", pinned=True).buffer.is_pinned()
+
+
+@pytest.mark.parametrize("shape", [(1003,), (13, 40), (5, 4, 6)], ids=str)
+def test_pieces_are_the_whole(shape, monkeypatch):
+    monkeypatch.setattr(slabs, "PIECE", 64)
+    source = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
+    target = torch.full_like(source, -1)
+    slabs.copy_in_pieces(target, source)
+    assert torch.equal(target, source)
