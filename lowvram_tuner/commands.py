@@ -134,9 +134,10 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 def evaluate(config: TrainConfig, args: argparse.Namespace) -> Result:
     if not args.text.is_file():
         raise ConfigError(f"text={str(args.text)!r} is not a file; give a UTF-8 text file.")
+    from lowvram_tuner.models import kept
     from lowvram_tuner.train.evaluate import perplexity
 
-    return perplexity(config, str(args.adapter) if args.adapter else None, args.text)
+    return perplexity(kept.find(config), str(args.adapter) if args.adapter else None, args.text)
 
 
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
@@ -284,6 +285,10 @@ def chat(config: TrainConfig, args: argparse.Namespace) -> Result:
     from lowvram_tuner.chat.target import target_of
 
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_p, args.max_new_tokens)
+    if "model" in args.changes:
+        from lowvram_tuner.models import kept
+
+        config = kept.find(config)
     target = target_of(config, args.run, args.adapter, given_model="model" in args.changes)
     system = args.changes.get("system_prompt", target.system_prompt)
     if args.json and args.prompt is None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lowvram_tuner.config import TrainConfig
     from lowvram_tuner.models.source import Source
     from lowvram_tuner.models.weights import Weights
     from lowvram_tuner.quant.layerwise import Layers
@@ -48,7 +49,7 @@ GROUP_SIZES = (128, 64, 32)
 def quantize_model(
     model: str,
     spec: QuantSpec,
-    calibration: Path | str | None,
+    calibration: Path | str | TrainConfig | None,
     output: Path,
     max_seq_length: int = 512,
     rows: int = ROWS,
@@ -58,7 +59,8 @@ def quantize_model(
     """Writes `model` quantized as `spec` says into the folder `output`, an ordinary checkpoint of that format.
 
     model: as everywhere ("demo", folder, hub id). calibration: a dataset of any readable form, the training data for
-    example; formats that need none ignore it. rows x max_seq_length of its tokens are used.
+    example, or a config that names the data of a run; formats that need none ignore it. rows x max_seq_length of its tokens
+    are used, of a run's data as many as there are.
     Returns output, seconds, peak_allocated_gb and layers (per linear: name, error, damping, seconds).
     Raises QuantError, ConfigError or DataError when the model or the data cannot be used.
     """
@@ -253,7 +255,9 @@ def _data_free(
     return report
 
 
-def _calibration_ids(model: str, calibration: Path | str | None, tokenizer: Any, rows: int, length: int) -> torch.Tensor:
+def _calibration_ids(
+    model: str, calibration: Path | str | TrainConfig | None, tokenizer: Any, rows: int, length: int
+) -> torch.Tensor:  # fmt: skip
     """int64 [rows, length]: the dataset's examples one after the other, cut into full rows."""
     import numpy as np
     import torch
@@ -263,7 +267,10 @@ def _calibration_ids(model: str, calibration: Path | str | None, tokenizer: Any,
 
     if calibration is None:
         raise QuantError("this method needs calibration text; give a file of text or the training data.")
-    config = TrainConfig(model=model, dataset=str(calibration), max_seq_length=length, train_on="everything", held_out=0.0)
+    if isinstance(calibration, TrainConfig):
+        config = replace(calibration, max_seq_length=length, train_on="everything")
+    else:
+        config = TrainConfig(model=model, dataset=str(calibration), max_seq_length=length, train_on="everything", held_out=0.0)
     found, tokens = [], 0
     for example in prepare(config, tokenizer).train:
         found.append(np.asarray(example.input_ids, dtype=np.int64))
@@ -271,6 +278,8 @@ def _calibration_ids(model: str, calibration: Path | str | None, tokenizer: Any,
         if tokens >= rows * length:
             break
     ids = np.concatenate(found)
+    if isinstance(calibration, TrainConfig):
+        length = min(length, len(ids))
     if len(ids) < length:
         raise QuantError(f"calibration={str(calibration)!r} has {len(ids)} tokens; at least {length} (one row) are needed.")
     count = min(rows, len(ids) // length)

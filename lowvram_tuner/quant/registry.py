@@ -15,7 +15,7 @@ _FORMATS = {
     "quip": "lowvram_tuner.quant.quip:Quip",
 }
 _BITS = {"none": (16,), "nf4": (4,), "int8": (8,), "gptq": (2, 3, 4, 8), "hqq": (2, 3, 4, 8), "quip": (2, 3, 4)}
-_AUTO = {2: "quip", 3: "hqq", 4: "nf4", 8: "int8", 16: "none"}
+_AUTO = {2: "quip", 3: "gptq", 4: "nf4", 8: "int8", 16: "none"}
 
 
 def register(name: str, target: str | type[QuantFormat], bits: tuple[int, ...]) -> None:
@@ -37,7 +37,7 @@ def resolve(bits: int, method: str = "auto", **options: object) -> QuantSpec:
         method = available[0]
     if method not in available:
         raise QuantError(f"bits={bits} with method {method!r} is not available; {_offer(bits, available)}")
-    return QuantSpec(method=method, bits=bits, **options)
+    return QuantSpec(method=method, bits=bits, **({"sym": False} | options))  # a zero of its own costs a group 8 bits, and is better
 
 
 def quant_format(spec: QuantSpec) -> QuantFormat:

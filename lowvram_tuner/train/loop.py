@@ -20,6 +20,7 @@ from lowvram_tuner.data.packing import Batches, collate
 from lowvram_tuner.data.prepare import Prepared, prepare
 from lowvram_tuner.lora.adapter import save_adapter
 from lowvram_tuner.memory.plan import GB
+from lowvram_tuner.models import kept
 from lowvram_tuner.models.source import load_tokenizer
 from lowvram_tuner.train import checkpoints
 from lowvram_tuner.train.answers import Questions
@@ -39,12 +40,37 @@ T = TypeVar("T")
 def run_training(config: TrainConfig, run: RunDir, reporter: Reporter, resume: bool = False) -> dict[str, Any]:
     """Trains a run in its folder. Returns the JSON keys of the command `train`."""
     set_seed(config.seed)  # dropout's masks
+    try:
+        config = _on_kept_checkpoint(config, run, reporter)
+    except _Stopped:
+        reporter.status("stopped", "Stopped while the model was quantized; starting again goes on with the layer it was at.")
+        return {"status": "stopped"}
     reporter.status("preparing", "Reading the data.")
     tokenizer = load_tokenizer(config.model)
     prepared = prepare(config, tokenizer, lambda what, done, total, unit: reporter.status("preparing", f"{what}.", done, total, unit))
     reporter.status("preparing", "Loading the model.")
     session = build_to_fit(config, _loading(reporter))
     return _Run(config, run, reporter, tokenizer, prepared, session).train(resume)
+
+
+class _Stopped(Exception):
+    """Somebody asked the run to end before it had anything to save."""
+
+
+def _on_kept_checkpoint(config: TrainConfig, run: RunDir, reporter: Reporter) -> TrainConfig:
+    """The config on a checkpoint of its calibrated method, made now where there is none; the run keeps it as its model."""
+
+    def progress(what: str, done: float, total: float) -> None:
+        if reporter.stop_requested():
+            raise _Stopped
+        left = what.partition(",")[2]
+        reporter.status("preparing", f"Quantizing the model, once for all runs{',' + left if left else ''}.", int(done), int(total), "layers")
+
+    found = kept.make(config, progress)
+    if found != config:
+        free_memory()
+        run.set_config(found)
+    return found
 
 
 class _Run:

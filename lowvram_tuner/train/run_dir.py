@@ -1,6 +1,6 @@
 """A run as a folder: what the page, the command line and the worker know of each other.
 
-    config.json     the run's options               written once, when the run is made
+    config.json     the run's options               written when the run is made; by the worker when it quantized the model
     command.txt     the command that repeats it     with config.json
     state.json      where the run stands            written by the worker (by the supervisor when the worker died)
     events.jsonl    what happened, one line each    appended by the worker

@@ -162,7 +162,8 @@ def memory_now(device: torch.device, context: int) -> tuple[int, int]:
 
 
 def free_memory() -> None:
-    """Gives back what nobody holds any more."""
+    """Gives back what nobody holds any more, cuBLAS's workspaces too."""
     gc.collect()
     if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
