@@ -73,12 +73,16 @@ class Cost:
         }
         self.always = sum(self.fixed.values())
         hidden = work.saved_bytes("input")
-        self.inputs = (2 * hidden if choice.inputs_on_host else (self.layers + 1) * hidden) + work.position_bytes()
+        # Beside the layers' inputs backward has its gradient; of inputs on the host it has the one in use and the next one.
+        self.inputs_at_loss = (0 if choice.inputs_on_host else self.layers * hidden) + work.position_bytes()
+        in_backward = 2 * hidden if choice.inputs_on_host else hidden
+        self.inputs = self.inputs_at_loss + in_backward
         # What a layer that keeps more takes beyond one that keeps its input; its input too, where others put theirs away.
         counted = 0 if choice.inputs_on_host else hidden
         self.extra_all, self.extra_attention = work.saved_bytes("all") - counted, work.saved_bytes("attention") - counted
         self.loss = work.loss_bytes(self.scratch if choice.head_bits < 16 else 0)
-        self.kept_work, self.recompute_work = work.kept_work_bytes(), work.recompute_work_bytes(choice.mlp_chunk, choice.gate_up_away)
+        self.kept_work = in_backward + work.kept_work_bytes()
+        self.recompute_work = work.recompute_work_bytes(choice.mlp_chunk, choice.gate_up_away)
 
     def _scratch_bytes(self) -> int:
         """The scratch: gate and up together at full size, less when memory is short; none when nothing is packed."""
@@ -100,7 +104,7 @@ class Cost:
         again what it kept of its attention.
         """
         attention = kept.keep_attention * self.extra_attention
-        at_loss = self.inputs + kept.keep_all * self.extra_all + attention + self._loss_work(kept.keep_all)
+        at_loss = self.inputs_at_loss + kept.keep_all * self.extra_all + attention + self._loss_work(kept.keep_all)
         if kept.keep_all == self.layers:
             return at_loss, 0
         others = max(0, kept.keep_attention - 1) * self.extra_attention
@@ -140,19 +144,19 @@ class Cost:
         attention's output. None when not even a run that stores none fits."""
         room = limit - self.always - self._weights(streamed)
         room = self._without_gaps(room)
-        if room < self.inputs + max(self.loss, self.recompute_work):
+        if room < max(self.inputs_at_loss + self.loss, self.inputs + self.recompute_work):
             return None
-        spare = room - self.inputs - max(self.loss, self.kept_work)
+        spare = room - self.inputs_at_loss - max(self.loss, self.kept_work)
         all_ = min(self.layers, max(0, spare // self.extra_all))
         if all_ == self.layers:
             return Layers(streamed, all_)
-        attention = min(self.layers - all_, self._attention_within(all_, room - self.inputs))
+        attention = min(self.layers - all_, self._attention_within(all_, room))
         return Layers(streamed, all_, attention, self._hidden(streamed, all_, attention))
 
     def _attention_within(self, all_: int, room: int) -> int:
-        """How many layers' attention outputs fit at either moment, in `room` bytes beside the inputs."""
-        at_loss = room - self._loss_work(all_) - all_ * self.extra_all
-        recomputing = room - self.recompute_work + self.extra_attention
+        """How many layers' attention outputs fit `room` bytes at either moment."""
+        at_loss = room - self.inputs_at_loss - self._loss_work(all_) - all_ * self.extra_all
+        recomputing = room - self.inputs - self.recompute_work + self.extra_attention
         return min(at_loss, recomputing) // self.extra_attention
 
     def _hidden(self, streamed: int, all_: int, attention: int) -> int:

@@ -143,8 +143,7 @@ class Work:
         of logits with its product, and the final gradient's fp32 temporaries."""
         h, rows = self.shape.hidden_size, min(self.tokens, LOSS_ROWS)
         tile = min(self.shape.vocab_size, max(1, scratch // (h * self.item)) if scratch else VOCABULARY_TILE)
-        tiles = rows * (tile + h) * self.item + self.tokens * h * self.item
-        return self.tokens * h * (4 * self.item + 4) + max(tiles, self.tokens * h * (8 + self.item))
+        return self.tokens * h * (4 * self.item + 4) + max(rows * (tile + h) * self.item, self.tokens * h * (8 + self.item))
 
 
 def linear_bytes(spec: QuantSpec, shapes: tuple[tuple[int, int], ...]) -> int:

@@ -48,6 +48,7 @@ def head_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> tuple[t
             weights = hidden[rows] @ w.t()  # [m, v] logits, then their exponentials
             rescale = state.add(weights, start, rows)
             total[rows].mul_(rescale).add_(weights @ w)
+            del weights  # else two tiles are alive while the next one is computed
         _pick(picked, labels, w, start)
     counted = (labels >= 0)[:, None]
     gradient = total.div_(state.total[:, None]).sub_(picked.float() * state.slope[:, None]).mul_(counted)
