@@ -13,11 +13,12 @@ import gradio as gr
 
 from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.presets import load_presets
+from lowvram_tuner.quant.registry import methods, quant_format, resolve
 from lowvram_tuner.ui import controls
 from lowvram_tuner.ui.data_panel import ENDINGS
 from lowvram_tuner.ui.desk import Desk
 from lowvram_tuner.ui.train_view import gauge_for
-from lowvram_tuner.ui.words import BITS_WORDS
+from lowvram_tuner.ui.words import BITS_WORDS, MADE_ONCE, quality
 
 KEPT_BY_PRESETS = ("dataset", "columns", "system_prompt", "train_on", "compare_prompts", "report_to")
 
@@ -143,13 +144,18 @@ class Form:
         return self.show(TrainConfig.from_dict({**config.to_dict(), **changes}))
 
 
-def bits_words(bits: Any) -> str:
-    """What a bit width costs, and which ones there are not."""
+def bits_words(bits: Any, method: Any = "auto") -> str:
+    """What a bit width costs with a quantizer, and which widths there are not."""
     missing = controls.missing_bits()
     if bits in missing:
         return f'<p class="quiet warn">{bits}-bit is not available in this version; choose another.</p>'
     rest = f" ({', '.join(map(str, missing))} bits: not in this version.)" if missing else ""
-    return f'<p class="quiet">{escape(BITS_WORDS.get(bits, "") + rest)}</p>'
+    if bits not in BITS_WORDS:
+        return ""
+    spec = resolve(bits, method if method in methods(bits) else "auto")
+    once = MADE_ONCE if quant_format(spec).calibrated else ""
+    text = " ".join(t for t in (BITS_WORDS[bits], quality(spec.method, bits), once) if t)
+    return f'<p class="quiet">{escape(text + rest)}</p>'
 
 
 def _as_controls(values: dict[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,31 @@ from pathlib import PurePath
 from typing import Any
 
 BITS_WORDS = {
-    2: "2-bit: an eighth of the memory; quality suffers, for models that fit no other way.",
-    3: "3-bit: a fifth of the memory, a little quality lost.",
-    4: "4-bit, recommended: a quarter of the memory, quality close to the original.",
-    8: "8-bit: half the memory, quality of the original.",
+    2: "2-bit: an eighth of the memory, for models that fit no other way.",
+    3: "3-bit: a fifth of the memory.",
+    4: "4-bit, recommended: a quarter of the memory.",
+    8: "8-bit: half the memory.",
     16: "16-bit: the original weights, the most memory.",
 }
+# How unsure of the next word the demo model is (perplexity) with its weights held so: the table in the README.
+PERPLEXITY = {
+    ("none", 16): 29.29, ("int8", 8): 29.37, ("nf4", 4): 36.73, ("gptq", 4): 31.77, ("gptq", 3): 40.11,
+    ("hqq", 8): 29.33, ("hqq", 4): 36.49, ("hqq", 3): 202.1, ("hqq", 2): 301_648.0,
+}  # fmt: skip
+MADE_ONCE = "The first run quantizes the model on your data, which takes a while; later runs use the result."
 BUSY = ("preparing", "checking", "training", "saving")
+
+
+def quality(method: str, bits: int) -> str:
+    """What was measured of a quantizer on the demo model, as a sentence; "" when nothing was."""
+    here, original = PERPLEXITY.get((method, bits)), PERPLEXITY["none", 16]
+    if here is None or bits == 16:
+        return ""
+    if here < 1.01 * original:
+        return "Measured on the demo model: as good as the original."
+    if here < 3 * original:
+        return f"Measured on the demo model: {here / original - 1:.0%} less sure of the next word (perplexity)."
+    return f"Measured on the demo model: {here / original:,.0f} times less sure of the next word (perplexity)."
 
 
 def gb(nbytes: float) -> str:

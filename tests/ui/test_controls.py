@@ -6,7 +6,10 @@ import pytest
 
 from lowvram_tuner.config import ConfigError, TrainConfig, options
 from lowvram_tuner.presets import load_presets
+from lowvram_tuner.quant.registry import methods
 from lowvram_tuner.ui import controls
+from lowvram_tuner.ui.form import bits_words
+from lowvram_tuner.ui.words import PERPLEXITY, quality
 
 
 def form(config: TrainConfig) -> dict:
@@ -76,3 +79,26 @@ def test_the_quantizers_offered_can_do_the_bits():
     for bits in options()["bits"].metadata["choices"]:
         assert controls.methods_for(bits) == ["auto", *methods(bits)]
         assert (bits in controls.missing_bits()) == (not methods(bits))
+
+
+@pytest.mark.parametrize(
+    ("bits", "method", "said"),
+    [
+        (16, "auto", "the original weights"),
+        (8, "auto", "as good as the original"),
+        (4, "auto", "25% less sure of the next word"),
+        (4, "gptq", "The first run quantizes the model on your data"),
+        (3, "hqq", "7 times less sure"),
+        (3, "nf4", "The first run"),  # nf4 has 4 bits: what 3 bits take by default is told
+        (None, "auto", ""),
+    ],
+)
+def test_the_bits_say_what_was_measured_of_them(bits, method, said):
+    assert said in bits_words(bits, method)
+    assert bits_words(bits, method) or not said
+
+
+def test_what_is_said_of_quantizers_is_of_ones_there_are():
+    for method, bits in PERPLEXITY:
+        assert method in methods(bits)
+        assert quality(method, bits) or bits == 16
