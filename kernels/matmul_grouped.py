@@ -104,13 +104,13 @@ def tensor_cores(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def split(programs: int, runs: int, step: int, device: torch.device) -> tuple[int, int]:
     """(parts, runs per part): cuts the sum so that about two programs per multiprocessor run, each of whole steps."""
     steps = -(-runs // step)
-    parts = max(1, min(2 * _processors(device) // programs, steps // 4))
+    parts = max(1, min(2 * processors(device) // programs, steps // 4))
     per_part = -(-steps // parts) * step
     return -(-runs // per_part), per_part

@@ -2,12 +2,11 @@
 
     y[m, o] = sum_i x[m, i] * quant_map[code[o, i]] * absmax[(o * in + i) // 64]        absmax: see `dequant_nf4.py`
 
-One row of x is a matrix-vector product, bound by reading the codes and, close behind, by the instructions that decode them:
-8 per weight is what an H100 issues at 60 % of its bandwidth. So the 16 levels are looked up in shared memory, whose
-addresses are short; codes come in words, inputs as pairs in one word, shared by the rows of a program; a block's
-absmax is decoded once and multiplies its sum. Weights that see the same input (q, k, v) are one launch. There are more
-programs than multiprocessors without splitting a sum, so the order of a sum is fixed. More rows, up to MAX_ROWS, decode a
-tile of W once and multiply it on the tensor cores, as in `matmul_grouped.py`.
+One row of x goes to `gemv_nf4.py` where that takes it. The kernel for it here is for every other case: older cards, fp32,
+rows that are not whole blocks, any address. Levels are looked up by a gather in shared memory, a block's absmax is decoded once
+and multiplies its sum, and weights that see the same input (q, k, v) are one launch. There are more programs than
+multiprocessors without splitting a sum, so the order of a sum is fixed. More rows, up to MAX_ROWS, decode a tile of W once
+and multiply it on the tensor cores, as in `matmul_grouped.py`.
 
 Rows start at a block's start when 64 divides in_features; otherwise each byte looks up its own block, which is slower.
 """
@@ -18,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import gemv_nf4
 from kernels.dequant_nf4 import block_scales
+from kernels.gemv_nf4 import MOST_WEIGHTS, choose, operands
 from kernels.matmul_grouped import MAX_ROWS, split, tensor_cores
 
-MOST_WEIGHTS = 3  # in one launch
 GEMV_BYTES = (1024, 512)  # of a row of W that a program reads at a time: 8 or 4 a thread
 DOT_ROWS, DOT_BYTES = 64, 64  # a tile of W: 64 rows x 128 columns, 16 KB at 16 bit
 BLOCK_BYTES = 32  # codes of one block of 64
@@ -55,23 +55,6 @@ def _nibbles(codes_ptr, row, rows, first, row_bytes, ALIGNED: tl.constexpr, ROWS
 
 
 @triton.jit
-def _pairs(x_ptr, pair, inside, DTYPE: tl.constexpr):
-    """x[2 pair] and x[2 pair + 1] in fp32. x_ptr points at values, or at int32 words that hold two of DTYPE each."""
-    if x_ptr.dtype.element_ty == tl.int32:
-        both = tl.load(x_ptr + pair, mask=inside, other=0)
-        if DTYPE == tl.bfloat16:  # the upper half of an fp32  # noqa: SIM300
-            return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
-        else:
-            first = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-            second = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-            return first.to(tl.float32), second.to(tl.float32)
-    else:
-        first = tl.load(x_ptr + pair * 2, mask=inside, other=0.0)
-        second = tl.load(x_ptr + pair * 2 + 1, mask=inside, other=0.0)
-        return first.to(tl.float32), second.to(tl.float32)
-
-
-@triton.jit
 def _gemv_kernel(
     x_ptr, y_ptr, x_stride, y_stride, row_bytes, rows0, rows1, rows2,
     codes0_ptr, absmax0_ptr, nested0_ptr, nested_map0_ptr, offset0_ptr, map0_ptr,
@@ -79,23 +62,17 @@ def _gemv_kernel(
     codes2_ptr, absmax2_ptr, nested2_ptr, nested_map2_ptr, offset2_ptr, map2_ptr,
     COUNT: tl.constexpr, DOUBLE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    codes_ptr, absmax_ptr, nested_ptr, nested_map_ptr = codes0_ptr, absmax0_ptr, nested0_ptr, nested_map0_ptr
-    offset_ptr, map_ptr, rows = offset0_ptr, map0_ptr, rows0
+    program, which = tl.program_id(0), 0
     if COUNT > 1:  # which of the stacked weights this program works on
         second = tl.cdiv(rows0, ROWS)
-        if program >= second:
-            codes_ptr, absmax_ptr, nested_ptr, nested_map_ptr = codes1_ptr, absmax1_ptr, nested1_ptr, nested_map1_ptr
-            offset_ptr, map_ptr, rows = offset1_ptr, map1_ptr, rows1
-            program -= second
-            y_ptr += rows0
-            third = tl.cdiv(rows1, ROWS)
-            if COUNT > 2:  # noqa: SIM102 - known at compile time, unlike the next
-                if program >= third:
-                    codes_ptr, absmax_ptr, nested_ptr, nested_map_ptr = codes2_ptr, absmax2_ptr, nested2_ptr, nested_map2_ptr
-                    offset_ptr, map_ptr, rows = offset2_ptr, map2_ptr, rows2
-                    program -= third
-                    y_ptr += rows1
+        third = second + tl.cdiv(rows1, ROWS)
+        which = (program >= second).to(tl.int32) + (program >= third).to(tl.int32)
+        program -= choose(which, 0, second, third, COUNT)
+        y_ptr += choose(which, 0, rows0, rows0 + rows1, COUNT)
+    rows, codes_ptr = choose(which, rows0, rows1, rows2, COUNT), choose(which, codes0_ptr, codes1_ptr, codes2_ptr, COUNT)
+    absmax_ptr, nested_ptr = choose(which, absmax0_ptr, absmax1_ptr, absmax2_ptr, COUNT), choose(which, nested0_ptr, nested1_ptr, nested2_ptr, COUNT)
+    nested_map_ptr = choose(which, nested_map0_ptr, nested_map1_ptr, nested_map2_ptr, COUNT)
+    offset_ptr, map_ptr = choose(which, offset0_ptr, offset1_ptr, offset2_ptr, COUNT), choose(which, map0_ptr, map1_ptr, map2_ptr, COUNT)
     x_ptr += tl.program_id(1).to(tl.int64) * x_stride
     y_ptr += tl.program_id(1).to(tl.int64) * y_stride
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -104,7 +81,9 @@ def _gemv_kernel(
     for first in range(0, row_bytes, BYTES):
         byte = first + tl.arange(0, BYTES)
         high, low = _nibbles(codes_ptr, row, rows, first, row_bytes, ALIGNED, ROWS, BYTES)
-        x_high, x_low = _pairs(x_ptr, byte, byte < row_bytes, y_ptr.dtype.element_ty)
+        col = first * 2 + tl.arange(0, BYTES * 2)
+        x = tl.load(x_ptr + col, mask=col < row_bytes * 2, other=0.0).to(tl.float32)
+        x_high, x_low = tl.split(tl.reshape(x, (BYTES, 2)))
         product = _level(levels, high, ROWS, BYTES) * x_high[None, :] + _level(levels, low, ROWS, BYTES) * x_low[None, :]
         if ALIGNED:
             block = first // 32 + tl.arange(0, BYTES // 32)
@@ -173,16 +152,16 @@ def matmul_stacked(x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_f
     _check(x, packed, out_features)
     if not 1 <= len(packed) <= MOST_WEIGHTS or len({"nested_absmax" in p for p in packed}) != 1:
         raise ValueError(f"one launch takes 1 to {MOST_WEIGHTS} weights, all with double quantization or all without; got {len(packed)}.")
+    if gemv_nf4.takes(x, packed):
+        return gemv_nf4.multiply(x, packed, out_features)
     y = x.new_empty(x.shape[0], sum(out_features))
     row_bytes = x.shape[1] // 2
     aligned, tile = _aligned(packed, row_bytes), gemv_rows(y.shape[1])
-    as_words = x.dtype.itemsize == 2 and x.storage_offset() % 2 == 0
-    source = x.view(torch.int32) if as_words else x
     unused = MOST_WEIGHTS - len(packed)
     weights = [p for weight in [*packed, *[packed[0]] * unused] for p in _pointers(weight, aligned)]
     grid = (sum(triton.cdiv(rows, tile) for rows in out_features), x.shape[0])
     _gemv_kernel[grid](
-        source, y, source.stride(0), y.stride(0), row_bytes, *out_features, *[0] * unused, *weights,
+        x, y, x.stride(0), y.stride(0), row_bytes, *out_features, *[0] * unused, *weights,
         COUNT=len(packed), DOUBLE="nested_absmax" in packed[0], ALIGNED=aligned,
         ROWS=tile, BYTES=gemv_bytes(row_bytes), num_warps=4,
     )  # fmt: skip
@@ -206,10 +185,8 @@ def _aligned(packed: list[dict[str, torch.Tensor]], row_bytes: int) -> bool:
 
 
 def _pointers(packed: dict[str, torch.Tensor], aligned: bool) -> tuple[torch.Tensor, ...]:
-    absmax, codes = packed["absmax"], packed["weight"].view(torch.int32) if aligned else packed["weight"]
-    double = "nested_absmax" in packed
-    nested = (packed["nested_absmax"], packed["nested_quant_map"], packed["nested_offset"]) if double else (absmax,) * 3
-    return codes, absmax, *nested, packed["quant_map"]
+    codes, *rest = operands(packed)
+    return codes.view(torch.int32) if aligned else codes, *rest
 
 
 def _check(x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_features: list[int]) -> None:

@@ -27,7 +27,7 @@ def main(cases: Callable[..., Iterable[tuple]], limits: dict[int, int] = LIMITS)
     """Compiles cases(half, multiplies) for the capability that the command line names.
 
     half: fp16 on Turing, else bf16. multiplies: whether tl.dot runs on tensor cores as the project uses it, from 8.0 on. A case
-    is (kernel, arguments, constants[, warps[, stages]]).
+    is (kernel, arguments, constants[, warps[, stages[, registers]]]).
     """
     import torch
     from triton.runtime.driver import driver
@@ -35,7 +35,7 @@ def main(cases: Callable[..., Iterable[tuple]], limits: dict[int, int] = LIMITS)
     capability, count = int(sys.argv[1]), 0
     driver.set_active(_Driver(capability))
     for kernel, arguments, constants, *launch in cases(torch.float16 if capability < 80 else torch.bfloat16, capability >= 80):
-        options = dict(zip(("num_warps", "num_stages"), launch))
+        options = dict(zip(("num_warps", "num_stages", "maxnreg"), launch))
         done = kernel.warmup(*arguments, grid=(1,), **constants, **options)
         assert done.metadata.shared <= limits[capability], (kernel.__name__, constants, done.metadata.shared)
         count += 1

@@ -12,11 +12,11 @@ def test_decoding_compiles(capability, root):
 
 
 def cases(half, multiplies):
-    """(kernel, arguments, constants, warps, stages) for 16-bit values of dtype `half`; `multiplies` adds NF4's with tl.dot."""
+    """(kernel, arguments, constants, warps, stages[, registers]) for 16-bit values of dtype `half`; `multiplies` adds NF4's with tl.dot."""
     import torch
     from triton.runtime.jit import MockTensor
 
-    from kernels import attention_cache, matmul_nf4, thin
+    from kernels import attention_cache, gemv_nf4, matmul_nf4, thin
 
     def t(dtype):
         return MockTensor(dtype, [1 << 20])
@@ -28,12 +28,20 @@ def cases(half, multiplies):
         for count, rows, row_bytes in ((1, 4, 2048), (3, 2, 2048), (2, 4, 7168), (1, 1, 288)):
             flags = {"COUNT": count, "DOUBLE": double, "ALIGNED": True, "ROWS": rows, "BYTES": matmul_nf4.gemv_bytes(row_bytes)}
             arguments = (row_bytes, 6144, row_bytes, 4096, 1024, 1024, *weight * 3)
-            yield matmul_nf4._gemv_kernel, (i32, x, *arguments), flags, 4, 3
+            yield matmul_nf4._gemv_kernel, (x, x, *arguments), flags, 4, 3
         flags = {"COUNT": 1, "DOUBLE": double, "ALIGNED": False, "ROWS": 1, "BYTES": 512}
         yield matmul_nf4._gemv_kernel, (x, x, 100, 40, 50, 40, 0, 0, *(u8, *rest) * 3), flags, 4, 3
         if multiplies:
             tile = {"X_ROWS": 32, "ROWS": matmul_nf4.DOT_ROWS, "BYTES": matmul_nf4.DOT_BYTES, "DOUBLE": double, "ALIGNED": True}
             yield matmul_nf4._dot_kernel, (x, *weight, f32, 17, 4096, 7168, 1792), tile, 4, 2
+    if multiplies:  # 8.0 and later, as `gemv_nf4.capable`
+        for dtype, double, sizes, cols in gemv_cases(torch):
+            rows, groups, registers = gemv_nf4.tiling(sum(sizes), cols // 32)
+            tile = {"PER_ROW": cols // 32, "ROWS": rows, "GROUPS": groups, "THREADS": gemv_nf4.THREADS}
+            weight = (u8, u8 if double else f32, f32, f32, f32, f32)
+            arguments = (t(dtype), t(dtype), 7, *sizes, *[0] * (3 - len(sizes)), *weight * 3)
+            flags = {"COUNT": len(sizes), "DOUBLE": double, **tile}
+            yield gemv_nf4._gemv_kernel, arguments, flags, gemv_nf4.THREADS // 32, 3, registers
     for group, d, width in ((4, 128, 128), (7, 80, 128), (1, 256, 256)):
         tile = {"GROUP": group, "QUERIES": 16, "D": d, "WIDTH": width, "BLOCK": 64 if width <= 128 else 32}
         yield attention_cache._part_kernel, (x, x, i64, f32, f32, 8, 64, 0.1), tile, 4, 2
@@ -41,6 +49,22 @@ def cases(half, multiplies):
     yield thin._down_kernel, (x, x, f32, f32, 4096), {"BLOCK": thin.COLUMNS}, 4, 3
     flags = {"BIAS": True, "RESIDUAL": True, "ADAPTER": True, "WIDTH": 16, "BLOCK": thin.ROWS}
     yield thin._finish_kernel, (x, x, x, f32, x, i32, 6144, 48, 16), flags, 2, 3
+
+
+def gemv_cases(torch):
+    """(dtype, double, rows of each weight, in): every tile there is, for rows of one round and of more; every kind of weight."""
+    from kernels.gemv_nf4 import tiling
+
+    tiles = {}
+    for cols in range(64, 16384, 64):
+        for rows in (100, 1500, 3000, 5000, 20000):
+            tile = tiling(rows, cols // 32)
+            tiles.setdefault((tile, cols // 32 <= tile[1]), (torch.bfloat16, True, (rows,), cols))
+    assert len(tiles) == 18, tiles
+    yield from tiles.values()
+    for dtype, double in ((torch.float16, True), (torch.float16, False), (torch.bfloat16, False)):
+        for sizes in ((4096,), (14336, 14336), (4096, 1024, 1024), (1, 1, 1)):
+            yield dtype, double, sizes, 4096
 
 
 if __name__ == "__main__":

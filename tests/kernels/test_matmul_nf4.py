@@ -52,8 +52,8 @@ def check(rows, cols, device, dtypes, counts=(1, 3, 17)):
                 assert torch.equal(y, matmul_nf4.matmul(x, packed, rows)), "a sum's order changed"
 
 
-def check_stacked(sizes, cols, device, dtype):
-    parts = [packed_weight(rows, cols, device, seed=i) for i, rows in enumerate(sizes)]
+def check_stacked(sizes, cols, device, dtype, double=True):
+    parts = [packed_weight(rows, cols, device, double, seed=i) for i, rows in enumerate(sizes)]
     x = inputs(1, cols, dtype, device)
     y = matmul_nf4.matmul_stacked(x, [packed for packed, _ in parts], list(sizes))
     oracle = x.double() @ torch.cat([w for _, w in parts]).double().t()
