@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.models.source import locate
-from lowvram_tuner.quant.calibrate import GROUPED, Progress, quantize_model
+from lowvram_tuner.quant.calibrate import GROUPED, ROWS, Progress, quantize_model
 from lowvram_tuner.quant.checkpoint import open_checkpoint
 from lowvram_tuner.quant.registry import quant_format, resolve
 from lowvram_tuner.quant.spec import QuantSpec
@@ -37,7 +37,8 @@ def make(config: TrainConfig, progress: Progress | None = None) -> TrainConfig:
         return config
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        quantize_model(config.model, _spec(config), config, folder, min(ROW, config.max_seq_length), progress=progress)
+        length = min(ROW, config.max_seq_length)
+        quantize_model(config.model, _spec(config), config, folder, length, ROWS * ROW // length, progress=progress)
     return replace(config, model=str(folder))
 
 
