@@ -77,7 +77,7 @@ class _Run:
     """The state of one `run_training` call."""
 
     def __init__(self, config: TrainConfig, run: RunDir, reporter: Reporter, tokenizer: Any, prepared: Prepared, session: Session) -> None:
-        self.config, self.run, self.reporter, self.prepared = config, run, reporter, prepared
+        self.config, self.run, self.reporter, self.prepared, self.tokenizer = config, run, reporter, prepared, tokenizer
         self.session, self.progress, self.loss, self.started = session, Progress(), None, time.monotonic()
         self.batches = Batches(
             prepared.train, config.micro_batch_size, config.max_seq_length, config.seed, config.packing
@@ -242,7 +242,8 @@ class _Run:
             self.reporter.status("training", "Training.")
 
     def _save_adapter(self) -> None:
-        """The run's adapter folder; a worse last state gives way to the best checkpoint."""
+        """The run's adapter folder, with the tokenizer and its chat template, for other programs; a worse last state gives way
+        to the best checkpoint."""
         champion = checkpoints.best(self.run.checkpoints)
         last = self.progress.history[-1][1] if self.progress.history else None
         self.kept = self.progress.step
@@ -252,6 +253,7 @@ class _Run:
             self.kept = meta["progress"]["step"]
             self.reporter.note(f"The adapter is that of {champion[0].name}, where the held-out loss was lowest.")
         save_adapter(self.session.adapter, self.run.adapter, self.session.loaded.source.public_id)
+        self.tokenizer.save_pretrained(self.run.adapter)
 
     def _resume(self) -> None:
         path = checkpoints.newest_valid(self.run.checkpoints, self.reporter.note)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from lowvram_tuner.chat.target import target_of_run
 from lowvram_tuner.config import TrainConfig
@@ -50,6 +51,8 @@ def test_the_first_run_quantizes_and_the_next_ones_use_it(config, monkeypatch):
     assert any(m.startswith("Quantizing the model, once for all runs") for m in messages(run))
     assert run.config().model == str(folder) == target_of_run(run).model, "chat would answer with other weights than were trained on"
     assert [r.id for r in list_runs(config.output_dir)] == [run.id], "the kept model is no run"
+
+    assert AutoTokenizer.from_pretrained(run.adapter).chat_template == AutoTokenizer.from_pretrained(config.model).chat_template
 
     monkeypatch.setattr(kept, "quantize_model", None)
     again, result = train(config)
