@@ -25,7 +25,7 @@ class NF4(QuantFormat):
     `quant_map` fp32 [16] and `nested_quant_map` fp32 [256] are the levels; a checkpoint brings its own.
     """
 
-    fused_rows = 16
+    fused_rows = 32  # on an H100 4096 x 14336 takes 71 us for 32 rows, 113 with dequantize and cuBLAS
 
     @property
     def row_tile(self) -> int:
