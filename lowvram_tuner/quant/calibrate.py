@@ -121,13 +121,16 @@ def _calibrated(
     from lowvram_tuner.quant.layerwise import Layers
 
     layers = Layers(model, weights, ids, device, dtype)
-    hidden, full, report = layers.hidden, layers.hidden, []
+    hidden, full, report, total = layers.hidden, layers.hidden, [], len(layers) * len(linears_of(model.model.layers[0]))
     for index in range(len(layers)):
-        progress("quantizing layers", index, len(layers))
+        progress("quantizing weights", len(report), total)
         original, quantized = layers.build(index), layers.build(index)
         done = partial.load(index)
         if done is None:
-            packed, entries = _round_layer(layers, index, original, quantized, hidden, full, fmt)
+            finished = len(report)
+            packed, entries = _round_layer(
+                layers, index, original, quantized, hidden, full, fmt, lambda n, finished=finished: progress("quantizing weights", finished + n, total)
+            )  # fmt: skip
             partial.save(index, packed, entries)
         else:
             packed, entries = done
@@ -135,8 +138,15 @@ def _calibrated(
         report += entries
         if index + 1 < len(layers):
             hidden, full = layers.run(index, quantized, hidden), layers.run(index, original, full)
-    progress("quantizing layers", len(layers), len(layers))
+    progress("quantizing weights", total, total)
     return report
+
+
+def linears_of(layer: nn.Module) -> list[str]:
+    """The names of a layer's linears."""
+    from torch import nn
+
+    return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _restore(layer: nn.Module, packed: Packed, fmt: QuantFormat) -> None:
@@ -154,9 +164,10 @@ def _restore(layer: nn.Module, packed: Packed, fmt: QuantFormat) -> None:
 
 
 def _round_layer(
-    layers: Layers, index: int, original: nn.Module, quantized: nn.Module, hidden: torch.Tensor, full: torch.Tensor, fmt: QuantFormat
-) -> tuple[Packed, list[dict[str, Any]]]:
-    """Rounds a layer's linears in the order they run; `quantized` is changed as they are."""
+    layers: Layers, index: int, original: nn.Module, quantized: nn.Module, hidden: torch.Tensor, full: torch.Tensor, fmt: QuantFormat,
+    progress: Callable[[int], None],
+) -> tuple[Packed, list[dict[str, Any]]]:  # fmt: skip
+    """Rounds a layer's linears in the order they run; `quantized` is changed as they are. progress(how many are done)."""
     from lowvram_tuner.quant.layerwise import set_parameter
 
     packed: Packed = {}
@@ -174,6 +185,7 @@ def _round_layer(
             set_parameter(quantized, f"{name}.weight", rounded.to(linear.weight.dtype))
             seconds = round(time.perf_counter() - began, 2)
             entries.append({"name": label, "error": error, "damping": damping, "seconds": seconds})
+            progress(len(entries))
     return packed, entries
 
 
@@ -231,15 +243,13 @@ def _data_free(
     model: nn.Module, weights: Weights, fmt: QuantFormat, partial: Partial,
     device: torch.device, dtype: torch.dtype, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    from torch import nn
-
-    report = []
+    report, total = [], len(model.model.layers) * len(linears_of(model.model.layers[0]))
     for index, layer in enumerate(model.model.layers):
-        progress("quantizing layers", index, len(model.model.layers))
+        progress("quantizing weights", len(report), total)
         done = partial.load(index)
         if done is None:
             packed, entries = {}, []
-            for name in [n for n, m in layer.named_modules() if isinstance(m, nn.Linear)]:
+            for name in linears_of(layer):
                 began = time.perf_counter()
                 label = f"model.layers.{index}.{name}"
                 weight = weights.read(f"{label}.weight").to(device)
@@ -251,7 +261,7 @@ def _data_free(
             partial.save(index, packed, entries)
             done = packed, entries
         report += done[1]
-    progress("quantizing layers", len(model.model.layers), len(model.model.layers))
+    progress("quantizing weights", total, total)
     return report
 
 

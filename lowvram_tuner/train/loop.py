@@ -43,7 +43,7 @@ def run_training(config: TrainConfig, run: RunDir, reporter: Reporter, resume: b
     try:
         config = _on_kept_checkpoint(config, run, reporter)
     except _Stopped:
-        reporter.status("stopped", "Stopped while the model was quantized; starting again goes on with the layer it was at.")
+        reporter.status("stopped", "Stopped while the model was quantized; the layers that are done are kept.")
         return {"status": "stopped"}
     reporter.status("preparing", "Reading the data.")
     tokenizer = load_tokenizer(config.model)
@@ -64,7 +64,7 @@ def _on_kept_checkpoint(config: TrainConfig, run: RunDir, reporter: Reporter) ->
         if reporter.stop_requested():
             raise _Stopped
         left = what.partition(",")[2]
-        reporter.status("preparing", f"Quantizing the model, once for all runs{',' + left if left else ''}.", int(done), int(total), "layers")
+        reporter.status("preparing", f"Quantizing the model, once for all runs{',' + left if left else ''}.", int(done), int(total), "weights")
 
     found = kept.make(config, progress)
     if found != config:

@@ -116,6 +116,8 @@ def situation(state: dict[str, Any] | None) -> str:
         return f"Training: step {steps(state)}. Stop saves and keeps everything up to here."
     if status == "saving":
         return f"{_saying('Saving', message or 'writing a checkpoint')}. This takes a moment."
+    if status == "stopped" and not state.get("step"):
+        return f"{message or 'Stopped before the first step'}. Start it again when you like."
     if status == "stopped":
         return f"Stopped at step {steps(state)}. Everything up to there is kept; Resume goes on from it."
     if status == "finished":

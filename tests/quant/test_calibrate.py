@@ -74,10 +74,11 @@ def test_a_checkpoint_others_can_load(tiny, quantized):
     assert not output.with_name("gptq.partial").exists()
 
 
-def test_progress_tells_layers_and_time_left(quantized):
+def test_progress_tells_weights_and_time_left(quantized):
     heard = quantized[2]
-    assert [(done, total) for _, done, total in heard] == [(0, 2), (1, 2), (2, 2)]
-    assert heard[0][0] == "quantizing layers" and "left" in heard[1][0]
+    counts = [done for _, done, _ in heard]
+    assert counts == sorted(counts) and set(counts) == set(range(LINEARS + 1)) and {total for *_, total in heard} == {LINEARS}
+    assert heard[0][0] == "quantizing weights" and "left" in heard[1][0]
 
 
 def test_calibrated_outputs_are_nearer_than_rounded_ones(tiny, quantized, tmp_path):
@@ -107,7 +108,7 @@ class Killed(BaseException):
 
 def test_a_killed_run_goes_on_and_ends_the_same(tiny, quantized, tmp_path, monkeypatch):
     def kill(what, done, total):
-        if done == 1:
+        if done == LINEARS // 2 + 1:  # the first layer is done
             raise Killed
 
     with pytest.raises(Killed):
@@ -125,7 +126,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny, quantized, tmp_path, monke
 
 def test_layers_of_another_run_are_not_taken(tiny, tmp_path):
     def kill(what, done, total):
-        if done == 1:
+        if done == LINEARS // 2 + 1:  # the first layer is done
             raise Killed
 
     with pytest.raises(Killed):

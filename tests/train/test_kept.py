@@ -31,11 +31,11 @@ def train(config, run=None, reporter=Reporter, resume=False):
 
 
 class StopWhileQuantizing(Reporter):
-    """Presses Stop once the first layer is quantized."""
+    """Presses Stop once the first layer, seven weights, and one more are quantized."""
 
     def stop_requested(self):
         progress = self.state()["progress"]
-        return bool(progress and progress["done"] == 1 and "Quantizing" in self.state()["message"])
+        return bool(progress and progress["done"] == 8 and "Quantizing" in self.state()["message"])
 
 
 def messages(run):
@@ -66,6 +66,8 @@ def test_a_run_stopped_while_quantizing_goes_on_with_the_next_layer(config, monk
     run, result = train(config, reporter=StopWhileQuantizing)
     assert result["status"] == "stopped" == run.state()["status"] and "while the model was quantized" in run.state()["message"]
     assert not kept.place(config).exists() and run.config().model == config.model
+    (partial,) = kept.place(config).parent.glob("*.partial")
+    assert len(list(partial.glob("layer-*.safetensors"))) == 1
     seen = []
     inner = kept.quantize_model
 
@@ -74,7 +76,8 @@ def test_a_run_stopped_while_quantizing_goes_on_with_the_next_layer(config, monk
 
     monkeypatch.setattr(kept, "quantize_model", watched)
     run, result = train(config, run)
-    assert result["status"] == "finished" and kept.place(config).is_dir() and seen
+    assert result["status"] == "finished" and kept.place(config).is_dir()
+    assert [done for _, done, _ in seen] == [0, 7, *range(8, 15), 14], "the first layer is not quantized again"
     assert not list(kept.place(config).parent.glob("*.partial"))
 
 
