@@ -1,9 +1,9 @@
 """The fastest way to train inside a memory budget, decided before anything is loaded. No torch, a few milliseconds.
 
 Speed is given up in this order until a run fits: activations are recomputed instead of stored, or wait in host memory as far
-as the bus carries them there and back in time, their checkpoints move there too, the embeddings move to the host, the head takes fewer bits, the optimizer's state moves to the host, working
-buffers shrink, and last of all layers are streamed from the host. What room is left then buys back stored activations,
-layer by layer. `cost.py` says what each way takes.
+as the bus carries them there and back in time, their checkpoints move there too, the embeddings move to the host, the head
+takes fewer bits, the optimizer's state moves to the host, working buffers shrink, and last of all layers are streamed from the
+host. What room is left then buys back stored activations, layer by layer. `cost.py` says what each way takes.
 """
 
 from __future__ import annotations
