@@ -38,10 +38,12 @@ def dynamic_map() -> torch.Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-def quantize(weight: torch.Tensor, double_quant: bool = True, device: torch.device | None = None) -> dict[str, torch.Tensor]:
-    """Packs a weight (any shape, float dtype) as `quant.nf4.NF4` describes, on `device` (default its own), chunk by chunk."""
-    flat, device = weight.reshape(-1), device or weight.device
-    codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=device)
+def quantize(weight: torch.Tensor, double_quant: bool = True, codes: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Packs a weight (any shape, float dtype) as `quant.nf4.NF4` describes, chunk by chunk, on its device or into `codes` on theirs."""
+    flat = weight.reshape(-1)
+    if codes is None:
+        codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=weight.device)
+    device = codes.device
     absmax = torch.empty(-(-flat.numel() // BLOCK), device=device)
     for start in range(0, flat.numel(), CHUNK):
         chunk_codes, chunk_absmax = _blocks(flat[start : start + CHUNK].to(device))

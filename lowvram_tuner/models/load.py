@@ -307,8 +307,7 @@ def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
         return
     fmt = _format(resolve(plan.head_bits), dtype)
     slab = make_slab({"lm_head": fmt.layout(*shape)}, device)
-    weight = _read(weights, "lm_head.weight", shape).to(dtype)  # a large vocabulary's takes more than all that a card may hold
-    _store(fmt.quantize_onto(weight, device), slab.views["lm_head"])
+    fmt.quantize_into(_read(weights, "lm_head.weight", shape).to(dtype), slab.views["lm_head"])
     loaded.head = QuantLinear(shape[1], shape[0], fmt)
     loaded.head.bind(slab.views["lm_head"], loaded.scratch)
     model.lm_head = loaded.head

@@ -32,12 +32,11 @@ class Int8(QuantFormat):
 
         return reference_int8.quantize(finite(weight))
 
-    def quantize_onto(self, weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
-        import torch
-
+    def quantize_into(self, weight: torch.Tensor, packed: dict[str, torch.Tensor]) -> None:
         step = max(1, PIECE // weight.shape[1])
-        packed = [self.quantize(weight[start : start + step].to(device)) for start in range(0, len(weight), step)]
-        return {name: torch.cat([p[name] for p in packed]) for name in packed[0]}
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            super().quantize_into(weight[rows], {name: tensor[rows] for name, tensor in packed.items()})
 
     def dequantize(self, packed: dict[str, torch.Tensor], out: torch.Tensor, row_start: int = 0) -> torch.Tensor:
         if out.is_cuda:

@@ -47,13 +47,17 @@ class NF4(QuantFormat):
         }
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.quantize_onto(weight, weight.device)
-
-    def quantize_onto(self, weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
         from kernels import reference_nf4
 
         self.layout(*weight.shape)
-        return reference_nf4.quantize(weight, self.spec.double_quant, device)
+        return reference_nf4.quantize(weight, self.spec.double_quant)
+
+    def quantize_into(self, weight: torch.Tensor, packed: dict[str, torch.Tensor]) -> None:
+        from kernels import reference_nf4
+
+        rest = reference_nf4.quantize(weight, self.spec.double_quant, packed["weight"])
+        for name in rest.keys() - {"weight"}:
+            packed[name].copy_(rest[name])
 
     def dequantize(self, packed: dict[str, torch.Tensor], out: torch.Tensor, row_start: int = 0) -> torch.Tensor:
         if out.is_cuda:

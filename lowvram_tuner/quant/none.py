@@ -21,6 +21,9 @@ class Unquantized(QuantFormat):
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"weight": weight}
 
+    def quantize_into(self, weight: torch.Tensor, packed: dict[str, torch.Tensor]) -> None:
+        packed["weight"].copy_(weight)
+
     def dequantize(self, packed: dict[str, torch.Tensor], out: torch.Tensor, row_start: int = 0) -> torch.Tensor:
         return out.copy_(packed["weight"][row_start : row_start + out.shape[0]])
 

@@ -79,9 +79,12 @@ class QuantFormat(ABC):
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Packs W [out, in] (any float dtype, any device) by the format's data-free rounding."""
 
-    def quantize_onto(self, weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
-        """`quantize`, with the result on `device`. A format that heads are held in sends a weight there piece by piece."""
-        return self.quantize(weight.to(device))
+    def quantize_into(self, weight: torch.Tensor, packed: dict[str, torch.Tensor]) -> None:
+        """Packs W [out, in] of any device into the tensors `packed`, which are as `layout` says. A format that heads are held in
+        takes W piece by piece: a large vocabulary's would be more than all else that a card holds."""
+        device = next(iter(packed.values())).device
+        for name, tensor in self.quantize(weight.to(device)).items():
+            packed[name].copy_(tensor.view(packed[name].shape))
 
     @abstractmethod
     def dequantize(self, packed: dict[str, torch.Tensor], out: torch.Tensor, row_start: int = 0) -> torch.Tensor:

@@ -212,3 +212,19 @@ def test_scratch_tiles():
 
 def test_repr_names_the_format():
     assert "nf4 4-bit" in repr(nn.Sequential(layer(4)))
+
+
+@pytest.mark.parametrize("bits, method", [(4, "nf4"), (8, "int8"), (4, "hqq"), (4, "gptq"), (16, "none")])
+def test_a_weight_is_packed_into_tensors_that_are_there(bits, method, monkeypatch):
+    from kernels import reference_nf4
+    from lowvram_tuner.quant import int8
+
+    monkeypatch.setattr(reference_nf4, "CHUNK", 1024)
+    monkeypatch.setattr(int8, "PIECE", 1000)
+    fmt = quant_format(resolve(bits, method, group_size=32))
+    if method == "none":
+        fmt.dtype = "float32"
+    weight = torch.randn(44, 96, generator=torch.Generator().manual_seed(0))
+    room = {name: torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for name, t in fmt.layout(44, 96).items()}
+    fmt.quantize_into(weight, room)
+    assert all(torch.equal(room[name], tensor.view(room[name].shape)) for name, tensor in fmt.quantize(weight).items())
