@@ -89,7 +89,11 @@ class HQQReader(Reader):
 
 
 class HQQWriter(Writer):
-    """Writes the tensors that HQQ's own safe serialization writes."""
+    """Writes the tensors that HQQ's own safe serialization writes.
+
+    hqq 0.2.8 and transformers 4.57.6 (in fp32) load them. transformers 5.23 loads no HQQ checkpoint, not even its own kind: it
+    warns of missing weights and goes on with random ones.
+    """
 
     def tensors(self, module: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         import torch
