@@ -29,9 +29,9 @@ def quality(method: str, bits: int) -> str:
         return ""
     if here < 1.01 * original:
         return "Measured on the demo model: as good as the original."
-    if here < 3 * original:
-        return f"Measured on the demo model: {here / original - 1:.0%} less sure of the next word (perplexity)."
-    return f"Measured on the demo model: {here / original:,.0f} times less sure of the next word (perplexity)."
+    times = here / original
+    much = f"{times - 1:.0%}" if times < 2 else f"{times:.1f} times" if times < 10 else f"{times:,.0f} times"
+    return f"Measured on the demo model: {much} less sure of the next word (perplexity)."
 
 
 def gb(nbytes: float) -> str:
