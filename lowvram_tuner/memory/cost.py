@@ -85,6 +85,8 @@ class Cost:
         self.loss = work.loss_bytes(self.scratch if choice.head_bits < 16 else 0)
         self.kept_work = in_backward + work.kept_work_bytes()
         self.recompute_work = work.recompute_work_bytes(choice.mlp_chunk, choice.gate_up_away)
+        self.least_moment = max(self.inputs_at_loss + self.loss, self.inputs + self.recompute_work)  # with nothing kept
+        self.beside_weights = self.always + self.least_moment + self._gaps(self.least_moment)
 
     def _scratch_bytes(self) -> int:
         """The scratch: gate and up together at full size, less when memory is short; none when nothing is packed."""
@@ -112,8 +114,8 @@ class Cost:
         others = max(0, kept.keep_attention - 1) * self.extra_attention
         return at_loss, self.inputs + others + self.recompute_work
 
-    def _gaps(self, moments: tuple[int, int]) -> int:
-        return min(max(moments) // GAPS, MOST_GAPS) if self.work.item == 2 else 0
+    def _gaps(self, moment: int) -> int:
+        return min(moment // GAPS, MOST_GAPS) if self.work.item == 2 else 0
 
     def _without_gaps(self, room: int) -> int:
         """The most bytes that fit `room` together with their gaps."""
@@ -126,8 +128,12 @@ class Cost:
 
     def total(self, kept: Layers) -> int:
         """All bytes of the process."""
-        moments = self._moments(kept)
-        return self.always + self._weights(kept.streamed) + max(moments) + self._gaps(moments)
+        moment = max(self._moments(kept))
+        return self.always + self._weights(kept.streamed) + moment + self._gaps(moment)
+
+    def least(self, streamed: int) -> int:
+        """`total` with nothing kept: the planner asks it of every number of streamed layers."""
+        return self.beside_weights + self._weights(streamed)
 
     def components(self, kept: Layers) -> dict[str, int]:
         """Bytes of every part, in display order."""
@@ -136,7 +142,7 @@ class Cost:
         beyond = max(at_loss, recomputing) - stored
         layer_work = min(beyond, self.kept_work if at_loss > recomputing else beyond)
         parts = {"weights": self._weights(kept.streamed), **self.fixed}
-        scratch, context = parts.pop("scratch"), parts.pop("context") + self._gaps((at_loss, recomputing))
+        scratch, context = parts.pop("scratch"), parts.pop("context") + self._gaps(max(at_loss, recomputing))
         return parts | {
             "activations": stored, "layer_work": layer_work, "loss": beyond - layer_work, "scratch": scratch, "context": context,
         }  # fmt: skip
@@ -144,10 +150,9 @@ class Cost:
     def kept_within(self, limit: int, streamed: int = 0) -> Layers | None:
         """As many stored activations as `limit` bytes hold: whole layers first, which save most time per byte, then
         attention's output. None when not even a run that stores none fits."""
-        room = limit - self.always - self._weights(streamed)
-        room = self._without_gaps(room)
-        if room < max(self.inputs_at_loss + self.loss, self.inputs + self.recompute_work):
+        if limit < self.least(streamed):
             return None
+        room = self._without_gaps(limit - self.always - self._weights(streamed))
         spare = room - self.inputs_at_loss - max(self.loss, self.kept_work)
         all_ = min(self.layers, max(0, spare // self.extra_all))
         if all_ == self.layers:

@@ -8,6 +8,7 @@ H the hidden size, I the MLP's inner size, Q = heads x head_dim, KV = kv_heads x
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lowvram_tuner.models.catalogue import ModelShape
 from lowvram_tuner.quant.registry import quant_format, resolve
@@ -146,6 +147,7 @@ class Work:
         return self.tokens * h * (4 * self.item + 4) + max(rows * (tile + h) * self.item, self.tokens * h * (8 + self.item))
 
 
+@lru_cache(maxsize=256)
 def linear_bytes(spec: QuantSpec, shapes: tuple[tuple[int, int], ...]) -> int:
     """Packed bytes of linears, each tensor rounded up to the slab's alignment."""
     fmt = quant_format(spec)

@@ -122,7 +122,7 @@ def _best(tiers: list[Tier], budget: Budget) -> tuple[Cost, Layers]:
     """
     best, best_s, ceiling = (tiers[0][0][-1], Layers(tiers[0][1])), float("inf"), budget.limit_bytes
     for costs, streamed in reversed(tiers):
-        need = min(c.total(Layers(streamed)) for c in costs)
+        need = min(c.least(streamed) for c in costs)
         if need > ceiling:
             continue
         for cost in costs:

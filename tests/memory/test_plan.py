@@ -75,6 +75,7 @@ def test_as_many_activations_are_kept_as_fit(streamed, spare, host, chunk, batch
     shape = shape_of("meta-llama/Llama-3.1-8B-Instruct")
     work = Work(shape, resolve(4), batch * 512, 16, TrainConfig().target_modules)
     cost = Cost(work, Choice(inputs_on_host=host, mlp_chunk=chunk), Budget(0, 0, 0, "vram"), Rates(), 1)
+    assert cost.least(streamed) == cost.total(Layers(streamed))
     limit = cost.total(Layers(streamed)) + spare
     kept = cost.kept_within(limit, streamed)
     assert cost.total(kept) <= limit and sum(cost.components(kept).values()) == cost.total(kept)
