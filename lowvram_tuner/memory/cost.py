@@ -85,8 +85,8 @@ class Cost:
         self.loss = work.loss_bytes(self.scratch if choice.head_bits < 16 else 0)
         self.kept_work = in_backward + work.kept_work_bytes()
         self.recompute_work = work.recompute_work_bytes(choice.mlp_chunk, choice.gate_up_away)
-        self.least_moment = max(self.inputs_at_loss + self.loss, self.inputs + self.recompute_work)  # with nothing kept
-        self.beside_weights = self.always + self.least_moment + self._gaps(self.least_moment)
+        least = max(self._moments(Layers()))
+        self.beside_weights = self.always + least + self._gaps(least)
 
     def _scratch_bytes(self) -> int:
         """The scratch: gate and up together at full size, less when memory is short; none when nothing is packed."""

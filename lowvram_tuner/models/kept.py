@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowvram_tuner.config import TrainConfig
-from lowvram_tuner.models.source import locate
+from lowvram_tuner.models.source import Source, locate
 from lowvram_tuner.quant.calibrate import GROUPED, ROWS, Progress, quantize_model
 from lowvram_tuner.quant.checkpoint import open_checkpoint
 from lowvram_tuner.quant.registry import quant_format, resolve
@@ -30,7 +30,7 @@ def find(config: TrainConfig) -> TrainConfig:
 def make(config: TrainConfig, progress: Progress | None = None) -> TrainConfig:
     """The config on its kept checkpoint, which is made from the run's own data where it is missing.
 
-    progress(what, layers done, layers) may raise: what is finished stays. Raises what `quantize_model` raises.
+    progress(what, weights done, weights) may raise: what is finished stays. Raises what `quantize_model` raises.
     """
     folder = place(config)
     if folder is None:
@@ -50,10 +50,16 @@ def place(config: TrainConfig) -> Path | None:
     source = locate(config.model)
     if source.gguf is None and open_checkpoint(source.folder) is not None:
         return None
-    mark = hashlib.sha256(f"{source.folder.resolve()}|{source.gguf}".encode()).hexdigest()[:6]
     group = f"-g{spec.group_size}" if spec.method in GROUPED else ""
-    name = f"{source.public_id.split('/')[-1]}-{spec.method}-{spec.bits}bit{group}-{mark}"
+    name = f"{source.public_id.split('/')[-1]}-{spec.method}-{spec.bits}bit{group}-{_mark(source)}"
     return Path(config.output_dir).expanduser().resolve() / "models" / name
+
+
+def _mark(source: Source) -> str:
+    """Tells models apart by their weights' files: others put into the same folder are another model."""
+    files = [source.folder / source.gguf] if source.gguf else sorted(source.folder.glob("*.safetensors"))
+    told = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:6]
 
 
 def _spec(config: TrainConfig) -> QuantSpec:

@@ -1,5 +1,7 @@
 """A run at bits that need calibration makes its quantized model once, trains on it, and so do the runs after it."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,14 @@ def test_models_methods_and_groups_are_told_apart(config, files, tmp_path):
         places.add(kept.place(TrainConfig.from_dict({**config.to_dict(), **change})))
     assert len(places) == 4
     assert kept.place(TrainConfig.from_dict({**config.to_dict(), "model": str(other)})) in places, "the same files by another path"
+
+
+def test_other_weights_in_the_same_folder_are_another_model(config, tmp_path):
+    folder = shutil.copytree(config.model, tmp_path / "mine")
+    mine = TrainConfig.from_dict({**config.to_dict(), "model": str(folder)})
+    before = kept.place(mine)
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert kept.place(mine) != before
 
 
 def test_data_shorter_than_a_row_is_enough(config, files, tmp_path):
