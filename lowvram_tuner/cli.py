@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from lowvram_tuner.commands import COMMANDS, Command, CommandFailed
 from lowvram_tuner.config import ConfigError, TrainConfig, options
 from lowvram_tuner.presets import preset
+from lowvram_tuner.quant.checkpoint import stored_spec
 from lowvram_tuner.train.failures import explain, is_bad_input
 from lowvram_tuner.train.files import to_json
 from lowvram_tuner.train.process import chosen_card
@@ -74,8 +75,14 @@ def changes_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_of(args: argparse.Namespace) -> TrainConfig:
-    """The config that the command line asks for; everything not given has its default. Also sets `args.changes`."""
+    """The config that the command line asks for; everything not given has its default. Also sets `args.changes`.
+
+    Bits that nobody asked for are those of a model that is quantized already.
+    """
     args.changes = changes_of(args)
+    stored = None if {"bits", "method"} & args.changes.keys() else stored_spec(str(args.changes.get("model", "")))
+    if stored and "bits" in args.command.options:
+        args.changes["bits"] = stored.bits
     return TrainConfig.from_dict(args.changes)
 
 

@@ -73,6 +73,15 @@ def test_a_preset_comes_first_and_options_win():
     assert args.changes == {**values, "max_steps": "5"}
 
 
+def test_bits_of_a_quantized_model_need_not_be_named(tmp_path):
+    stored = {"quantization_config": {"quant_method": "gptq", "bits": 3, "group_size": 64, "sym": True, "desc_act": False}}
+    (tmp_path / "config.json").write_text(json.dumps(stored), encoding="utf-8")
+    model = ["--model", str(tmp_path)]
+    assert run("train", *model)[0].bits == run("chat", *model)[0].bits == 3
+    assert run("train", *model, "--bits", "4")[0].bits == 4  # refused when the model is opened, with the reason
+    assert run("train", "--model", "demo")[0].bits == TrainConfig().bits
+
+
 def test_a_command_line_repeats_a_run():
     config = TrainConfig(bits=16, packing=False, target_modules=("q_proj",), system_prompt="Be brief, please.", vram_gb=5.5)
     argv = []

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
 
-from lowvram_tuner.hardware.card import Card, read_card
+from lowvram_tuner.hardware.card import Card, process_bytes, read_card
 from lowvram_tuner.hardware.measured import measured, remember
 
 KERNEL_BYTES = 240 * 10**6  # kernels that load later, as an H100's driver counted them over a captured step
@@ -21,7 +22,8 @@ def measure(card: Card, dtype: torch.dtype) -> dict[str, float]:
     before = card.used_bytes
     torch.cuda.init()
     torch.cuda.synchronize()
-    context = max(0, read_card().used_bytes - before)
+    # The card's own count is the second choice: another program that starts meanwhile would be remembered as CUDA's share.
+    context = process_bytes(os.getpid()) or max(0, read_card().used_bytes - before)
     values = {"context_bytes": context + KERNEL_BYTES, **_rates(dtype)}
     torch._C._cuda_clearCublasWorkspaces()  # of the default size; `train.session` asks for smaller ones
     torch.cuda.empty_cache()

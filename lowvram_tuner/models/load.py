@@ -28,7 +28,7 @@ from lowvram_tuner.memory.slabs import Layout, Ring, Slab, make_slab, streamed_l
 from lowvram_tuner.models.catalogue import ModelShape, shape_from_config, shape_from_values, shape_of
 from lowvram_tuner.models.source import Source, locate
 from lowvram_tuner.models.weights import Weights, open_weights
-from lowvram_tuner.quant.checkpoint import Reader, open_checkpoint
+from lowvram_tuner.quant.checkpoint import Reader, open_checkpoint, stored_spec
 from lowvram_tuner.quant.linear import QuantLinear
 from lowvram_tuner.quant.registry import quant_format, resolve
 from lowvram_tuner.quant.spec import QuantFormat, QuantSpec, Scratch
@@ -92,11 +92,9 @@ def as_stored(config: TrainConfig) -> TrainConfig:
 
     ConfigError when the config asks for other bits or another method than the checkpoint has.
     """
-    folder = Path(config.model).expanduser()
-    reader = open_checkpoint(folder) if folder.is_dir() else None
-    if reader is None:
+    spec = stored_spec(config.model)
+    if spec is None:
         return config
-    spec = reader.spec
     if config.bits != spec.bits or config.method not in ("auto", spec.method):
         raise ConfigError(
             f"model={config.model!r} is quantized already: {spec.method} at {spec.bits} bits; "
@@ -232,11 +230,11 @@ def _source_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def _read(weights: Weights | None, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
-    """A tensor of the checkpoint on the CPU, or without one a random one on `device`."""
+    """A tensor of the checkpoint on the CPU, or without one a random one on `device`, whose values are the same everywhere."""
     if weights is None:
-        generator = torch.Generator(device).manual_seed(len(name))
-        some = torch.empty(min(shape[0], RANDOM_ROWS), *shape[1:], dtype=torch.bfloat16, device=device)
-        return _repeated(some.normal_(0, 0.02, generator=generator), torch.empty(shape, dtype=torch.bfloat16, device=device))
+        some = torch.empty(min(shape[0], RANDOM_ROWS), *shape[1:], dtype=torch.bfloat16)
+        some.normal_(0, 0.02, generator=torch.Generator().manual_seed(len(name)))
+        return _repeated(some.to(device), torch.empty(shape, dtype=torch.bfloat16, device=device))
     tensor = weights.read(name)
     if tuple(tensor.shape) != tuple(shape):
         raise ConfigError(f"tensor {name!r} has shape {tuple(tensor.shape)}, but the model's config asks for {tuple(shape)}.")

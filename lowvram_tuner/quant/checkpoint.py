@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowvram_tuner.quant.spec import QuantError, QuantSpec
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
 _READERS = {
@@ -126,6 +125,13 @@ def open_checkpoint(folder: Path) -> Reader | None:
         offer = ", ".join(sorted(_READERS))
         raise QuantError(f"{path}: quant_method={method!r} cannot be read; accepted: {offer}, or the unquantized model.")
     return _imported(_READERS[method])(folder, config, path)
+
+
+def stored_spec(model: str) -> QuantSpec | None:
+    """How a local folder holds its weights if it is quantized already; None for every other model. QuantError as above."""
+    folder = Path(model).expanduser()
+    reader = open_checkpoint(folder) if folder.is_dir() else None
+    return reader.spec if reader else None
 
 
 def writer_for(spec: QuantSpec) -> Writer:

@@ -13,7 +13,9 @@ import gradio as gr
 
 from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.presets import load_presets
+from lowvram_tuner.quant.checkpoint import stored_spec
 from lowvram_tuner.quant.registry import methods, quant_format, resolve
+from lowvram_tuner.quant.spec import QuantError
 from lowvram_tuner.ui import controls
 from lowvram_tuner.ui.data_panel import ENDINGS
 from lowvram_tuner.ui.desk import Desk
@@ -72,6 +74,7 @@ class Form:
         raw = {**quiet, "preprocess": False}
         bits, method = self.fields["bits"], self.fields["method"]
         bits.change(_methods_update, [bits, method], method, **raw)
+        self.fields["model"].change(_stored_bits, self.fields["model"], bits, **raw)
         self.preset.input(self.preset_chosen, [self.preset, *self.inputs], self.inputs, **raw)
         self.upload.upload(lambda paths: ", ".join(paths or []) or gr.skip(), self.upload, self.fields["dataset"], **{**quiet, "show_progress": "minimal"})
         locked.change(self.lock, locked, [*self.inputs, self.preset, self.upload], **quiet)
@@ -160,6 +163,15 @@ def bits_words(bits: Any, method: Any = "auto") -> str:
 
 def _as_controls(values: dict[str, Any]) -> dict[str, Any]:
     return {k: controls.to_control(k, v) for k, v in values.items()}
+
+
+def _stored_bits(model: Any) -> Any:
+    """The bits of a model that is quantized already: there is nothing to choose."""
+    try:
+        stored = stored_spec(str(model))
+    except (QuantError, OSError):  # a half-typed path, or a folder that the gauge says more about
+        return gr.skip()
+    return stored.bits if stored else gr.skip()
 
 
 def _methods_update(bits: Any, method: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gradio as gr
 import pytest
 
 from lowvram_tuner.config import ConfigError, TrainConfig, options
 from lowvram_tuner.presets import load_presets
 from lowvram_tuner.quant.registry import methods
 from lowvram_tuner.ui import controls
-from lowvram_tuner.ui.form import bits_words
+from lowvram_tuner.ui.form import _stored_bits, bits_words
 from lowvram_tuner.ui.words import PERPLEXITY, quality
 
 
@@ -79,6 +80,15 @@ def test_the_quantizers_offered_can_do_the_bits():
     for bits in options()["bits"].metadata["choices"]:
         assert controls.methods_for(bits) == ["auto", *methods(bits)]
         assert (bits in controls.missing_bits()) == (not methods(bits))
+
+
+def test_a_quantized_model_brings_its_bits(tmp_path):
+    assert _stored_bits(str(tmp_path)) == _stored_bits("demo") == _stored_bits(None) == gr.skip()
+    config = tmp_path / "config.json"
+    config.write_text('{"quantization_config": {"quant_method": "gptq", "bits": 3, "group_size": 64}}', encoding="utf-8")
+    assert _stored_bits(str(tmp_path)) == 3
+    config.write_text('{"quantization_config": {"quant_method": "other"}}', encoding="utf-8")
+    assert _stored_bits(str(tmp_path)) == gr.skip()
 
 
 @pytest.mark.parametrize(
