@@ -1,21 +1,19 @@
-"""y = x W^T for one row of x, straight from NF4 codes, on cards from compute capability 8.0 on: chat decoding.
+"""y = x W^T for a few rows of x, straight from NF4 codes, on cards from compute capability 8.0 on: chat decoding.
 
-    y[o] = sum_i x[i] * quant_map[code[o, i]] * absmax[(o * in + i) // 64]        absmax: see `dequant_nf4.py`
+    y[m, o] = sum_i x[m, i] * quant_map[code[o, i]] * absmax[(o * in + i) // 64]        absmax: see `dequant_nf4.py`
 
-The codes should come as fast as the card can read them, which leaves few instructions to a weight. A thread takes a group at a
-time, half a block: one load of 16 bytes, one absmax for the sum of its products, and 32 of x, which stay in registers where
-a row is one round. The 16 levels lie in shared memory at an address that ends in a zero byte, so that a code times 4 put in
-that byte is its level's address: 1.5 integer instructions a weight, and 16 words never meet in a bank. From the loads to
-the sum everything has one layout, [ROWS, GROUPS], so nothing waits but that sum, and the next codes are asked for before it.
-As many programs as the registers hold stay on a multiprocessor and walk over the tiles. The order of a sum is fixed.
+The codes should come as fast as the card can read them, which leaves few instructions to a weight: here 2. A byte holds two
+codes, so a table of 256 pairs of levels in x's dtype turns it into one register of a tensor core's operand: shift, mask, load.
+The table lies in shared memory once for each lane, 32 KB, so that 32 lookups never meet in a bank. The sum is over columns,
+whose order is free: a lane's four registers are four neighbouring bytes of two rows, and x is read to match. A product has 16
+rows of W and 8 of x; with one row of x seven eighths of it are idle, and it is still cheaper than 32 multiplications.
 
-Triton has no word for such a table, and would give each load a layout of its own: hence the few lines of PTX.
+A warp takes 4 blocks of 64 at a time, of each of 16 rows the 128 bytes of one line of the cache; the warps of a program share
+out the columns of its rows. Within a block all products have one absmax, which multiplies their sum in fp32; a lane decodes
+those of one block and hands them to its three neighbours. The next codes are asked for before the present ones' work. As many
+programs as the registers hold stay on a multiprocessor and walk over the tiles. The order of a sum is fixed.
 
-On an H100, bf16, double quantization, 8 layers of Llama 8B (900 MB) as one graph took 543 us, 1659 GB/s, where the kernel of
-`matmul_nf4.py` took 920 us, 978 GB/s. That was with the fastest of many tilings for each product: 23.0 us for 4096 x 14336,
-36.2 for (14336, 14336) x 4096, 10.7 for 4096 x 4096 and 12.6 for (4096, 1024, 1024) x 4096. The one tiling kept for them all,
-4 x 128 groups, took 23.4 and 10.7 for the first and third as launched here; 37.1 (twice the programs) and 13.6 (the next
-codes asked for before the present ones' work) for the others. y's error is 1.7e-3, where rounding y costs 2.4e-3.
+Triton has no word for such a table or for the layout of an operand: hence the few lines of PTX. One element is one thread.
 """
 
 from __future__ import annotations
@@ -34,57 +32,73 @@ log = logging.getLogger(__name__)
 _right: dict[torch.device, bool] = {}  # where the kernel was tried
 
 MOST_WEIGHTS = 3  # in one launch
-THREADS = 128
-EACH = (4, 2, 1)  # groups a thread has of a tile
-TILES = 512  # at least, where that can be: some for each multiprocessor of a large card
-GROUPS = (128, 64, 32)  # groups of a row that a program reads at a time; a group is 16 bytes, 32 weights
-REGISTERS = 1 << 16  # of a multiprocessor
+MOST_ROWS = 8  # of x
+TILE = 16  # rows of W of one product on the tensor cores
+STEP = 4  # blocks that a warp reads at a time
+WARPS = 8  # of a program
+RESIDENT = 2  # programs on a multiprocessor at a time: 128 registers a thread
 
 
 def _lines(*lines: str) -> tl.constexpr:
     return tl.constexpr("\n".join(lines))
 
 
-def _eight(line: str) -> str:
-    """`line` for each of 8 codes; {k} is the number, {x} the operand that holds x, {half} and {byte} where the code is."""
-    return "\n".join(line.format(k=k, x=f"${k + 2}", half=["high", "low"][k % 2], byte=k // 2) for k in range(8))
-
-
-# Loads that are passed by where `valid` is 0. L1 is left to x: codes are read once. Not .nc, which ptxas moves over barriers.
-LOAD_CODES = _lines("{ .reg .pred p; setp.ne.s32 p, $5, 0;", "@p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }")
-LOAD_BYTE = _lines("{ .reg .pred p; setp.ne.s32 p, $2, 0;", "@p ld.global.u8 $0, [$1]; }")
+# 4 x 8 bytes, 32 apart: a lane's share of 4 blocks of a row. Those from block $9 on are not there. Impure, as all loads of
+# codes and absmax: a pure load sinks to its use, behind the wait for the sum. L1 is left to x: codes are read once.
+LOAD_CODES = _lines(
+    "{ .reg .pred p;",
+    *(f"mov.b32 ${2 * b}, 0; mov.b32 ${2 * b + 1}, 0; setp.gt.s32 p, $9, {b};"
+      f"@p ld.global.L1::no_allocate.v2.b32 {{${2 * b}, ${2 * b + 1}}}, [$8 + {32 * b}];" for b in range(STEP)),
+    "}",
+)  # fmt: skip
+LOAD_BYTE = _lines("{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0;", "@p ld.global.u8 $0, [$1]; }")
 LOAD_FLOAT = tl.constexpr("ld.global.nc.f32 $0, [$1];")
+TAKE_FROM = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 
-# 8 values of 16 bits in one load, widened: a bf16 is the upper half of an fp32.
-LOAD_BF16 = _lines(
-    "{ .reg .b32 a, b, c, d; ld.global.nc.v4.b32 {a, b, c, d}, [$8];",
-    *(f"shl.b32 ${2 * i}, {w}, 16; and.b32 ${2 * i + 1}, {w}, 0xffff0000;" for i, w in enumerate("abcd")),
-    "}",
-)
-LOAD_FP16 = _lines(
-    "{ .reg .b32 a, b, c, d; .reg .b16 l, h; ld.global.nc.v4.b32 {a, b, c, d}, [$8];",
-    *(f"mov.b32 {{l, h}}, {w}; cvt.f32.f16 ${2 * i}, l; cvt.f32.f16 ${2 * i + 1}, h;" for i, w in enumerate("abcd")),
-    "}",
-)
 
-# Thread $1 stores level $2, the first 16 of them. 256-byte aligned, so that the address ends in a zero byte.
-STORE_LEVELS = _lines(
-    ".shared .align 256 .b32 nf4_levels[64];",
-    "{ .reg .b32 a; .reg .pred p; mov.u32 a, nf4_levels; setp.lt.u32 p, $1, 16; mad.lo.u32 a, $1, 4, a;",
-    "@p st.shared.b32 [a], $2; bar.sync 0; mov.u32 $0, 0; }",
-)
-# The sum of the 8 levels of word $1 times $2..$9 and $10. Byte j of the word: x[2j] has the high nibble, x[2j + 1] the low one.
-DOT_EIGHT = _lines(
-    "{ .reg .b32 high, low, table, a; .reg .f32 sum, level<8>; mov.u32 table, nf4_levels;",
-    "shr.u32 high, $1, 2; and.b32 high, high, 0x3c3c3c3c; shl.b32 low, $1, 2; and.b32 low, low, 0x3c3c3c3c;",
-    _eight("prmt.b32 a, {half}, table, 0x765{byte}; ld.shared.f32 level{k}, [a];"),
-    "mov.f32 sum, $10;",
-    _eight("fma.rn.f32 sum, level{k}, {x}, sum;"),
-    "mov.f32 $0, sum; }",
-)
-OUT_EIGHT, IN_EIGHT = tl.constexpr("=f," * 8 + "l"), tl.constexpr("=f,r" + ",f" * 9)
-FOUR_WORDS, EIGHT_FLOATS = tl.constexpr((tl.int32,) * 4), tl.constexpr((tl.float32,) * 8)
+def _store_pairs_lines(half: str) -> tl.constexpr:
+    """Thread $2 stores its share of the pairs of levels of map $1: entry b has level b >> 4 in the lower half, b & 15 above."""
+    each = 16 // WARPS
+    return _lines(
+        ".shared .align 128 .b32 nf4_pairs[8192];",
+        f"{{ .reg .b32 a, v; .reg .b64 h; .reg .f32 low<16>, high<{each}>; shr.u32 a, $2, 5;",
+        *(f"ld.global.nc.v4.f32 {{low{k}, low{k + 1}, low{k + 2}, low{k + 3}}}, [$1 + {4 * k}];" for k in range(0, 16, 4)),
+        f"mul.wide.u32 h, a, {4 * each}; add.u64 h, h, $1;",
+        *(f"ld.global.nc.f32 high{i}, [h + {4 * i}];" for i in range(each)),
+        f"and.b32 v, $2, 31; shl.b32 v, v, 2; mad.lo.u32 a, a, {each * 16 * 128}, v; mov.u32 v, nf4_pairs; add.u32 a, a, v;",
+        *(f"cvt.rn.{half}x2.f32 v, low{k}, high{i}; st.shared.b32 [a + {(16 * i + k) * 128}], v;" for i in range(each) for k in range(16)),
+        "bar.sync 0; mov.u32 $0, 0; }",
+    )
 
+
+STORE_F16, STORE_BF16 = _store_pairs_lines("f16"), _store_pairs_lines("bf16")
+
+
+def _multiply_lines(half: str) -> tl.constexpr:
+    """$0..$3: the sums of a block, rows of W ($4, $5: a lane's codes of its first row, $6, $7: of its second) times rows of x
+    (32 bytes at $8, zeros where $9 is 0). $10: four times the lane. Byte 2i of a row is its operand 0 of product i, byte 2i + 1
+    its operand 2."""
+    names = [f"a{part}{byte}" for part in range(2) for byte in range(8)]
+    shifts = ["shl.b32 s, {w}, 7;", "shr.u32 s, {w}, 1;", "shr.u32 s, {w}, 9;", "shr.u32 s, {w}, 17;"]
+    look = (
+        f"{shifts[byte % 4].format(w=f'${4 + 2 * part + byte // 4}')} lop3.b32 s, s, 0x7f80, $10, 0xea; "
+        f"add.u32 s, s, table; ld.shared.b32 a{part}{byte}, [s];"
+        for part in range(2) for byte in range(8)
+    )  # fmt: skip
+    mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{half}.{half}.f32 {{c0, c1, c2, c3}},"
+    return _lines(
+        f"{{ .reg .b32 x<8>, s, table, {', '.join(names)}; .reg .f32 c<4>; .reg .pred p; setp.ne.s32 p, $9, 0; mov.u32 table, nf4_pairs;",
+        *(f"mov.b32 x{i}, 0;" for i in range(8)), *(f"mov.f32 c{i}, 0f00000000;" for i in range(4)),
+        "@p ld.global.nc.v4.b32 {x0, x1, x2, x3}, [$8]; @p ld.global.nc.v4.b32 {x4, x5, x6, x7}, [$8 + 16];",
+        *look,
+        *(f"{mma} {{a0{2 * i}, a1{2 * i}, a0{2 * i + 1}, a1{2 * i + 1}}}, {{x{2 * i}, x{2 * i + 1}}}, {{c0, c1, c2, c3}};" for i in range(4)),
+        *(f"mov.f32 ${i}, c{i};" for i in range(4)), "}",
+    )  # fmt: skip
+
+
+MULTIPLY_F16, MULTIPLY_BF16 = _multiply_lines("f16"), _multiply_lines("bf16")
+EIGHT_WORDS, FOUR_FLOATS = tl.constexpr((tl.int32,) * 8), tl.constexpr((tl.float32,) * 4)
+OUT_EIGHT, OUT_FOUR = tl.constexpr("=r," * 8 + "l,r"), tl.constexpr("=f," * 4 + "r,r,r,r,l,r,r")
 
 
 @triton.jit
@@ -96,22 +110,25 @@ def choose(which, first, second, third, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _store_levels(map_ptr, THREADS: tl.constexpr):
-    """The levels to shared memory. One element a thread, so that the table is declared once."""
-    thread = tl.arange(0, THREADS)
-    tl.inline_asm_elementwise(STORE_LEVELS, "=r,r,f", [thread, tl.load(map_ptr + thread % 16)], tl.int32, False, 1)
+def _store_pairs(map_ptr, thread, BF16: tl.constexpr):
+    """The table of pairs of levels to shared memory."""
+    arguments = [map_ptr.to(tl.int64) + thread * 0, thread]
+    if BF16:
+        tl.inline_asm_elementwise(STORE_BF16, "=r,l,r", arguments, tl.int32, False, 1)
+    else:
+        tl.inline_asm_elementwise(STORE_F16, "=r,l,r", arguments, tl.int32, False, 1)
 
 
 @triton.jit
-def _load_codes(codes_ptr, group, valid):
-    """A group's 4 words. Impure, like `_load_byte`: a pure load sinks to its use, behind the wait for the sum."""
-    return tl.inline_asm_elementwise(LOAD_CODES, "=r,=r,=r,=r,l,r", [codes_ptr.to(tl.int64) + group * 16, valid], FOUR_WORDS, False, 1)
+def _load_codes(codes_ptr, index, left):
+    """A lane's 8 words of 4 blocks of a row, `left` of which there are."""
+    return tl.inline_asm_elementwise(LOAD_CODES, OUT_EIGHT, [codes_ptr.to(tl.int64) + index, left], EIGHT_WORDS, False, 1)
 
 
 @triton.jit
 def _load_byte(ptr, index, valid):
     """A byte, widened. `tl.load` would change the layout to a coalesced one and back, through shared memory."""
-    return tl.inline_asm_elementwise(LOAD_BYTE, "=r,l,r", [ptr.to(tl.int64) + index, valid], tl.int32, False, 1)
+    return tl.inline_asm_elementwise(LOAD_BYTE, "=r,l,r", [ptr.to(tl.int64) + index, valid.to(tl.int32)], tl.int32, False, 1)
 
 
 @triton.jit
@@ -121,55 +138,67 @@ def _load_float(ptr, index):
 
 
 @triton.jit
-def _load_eight(x_ptr, index, BF16: tl.constexpr):
-    """x[index] to x[index + 7], widened, as one load each thread."""
-    address = x_ptr.to(tl.int64) + index.to(tl.int64) * 2
+def _take_from(value, lane):
+    """The value that another lane of the warp has."""
+    return tl.inline_asm_elementwise(TAKE_FROM, "=f,f,r", [value, lane], tl.float32, False, 1)
+
+
+@triton.jit
+def _multiply(first0, first1, second0, second1, x_ptr, index, valid, lane, BF16: tl.constexpr):
+    """A block's sums in the layout of the tensor cores: (row lane // 4 | that + 8) x (rows lane % 4 * 2 and that + 1 of x)."""
+    arguments = [first0, first1, second0, second1, x_ptr.to(tl.int64) + index * 2, valid.to(tl.int32), lane * 4]
     if BF16:
-        return tl.inline_asm_elementwise(LOAD_BF16, OUT_EIGHT, [address], EIGHT_FLOATS, True, 1)
+        return tl.inline_asm_elementwise(MULTIPLY_BF16, OUT_FOUR, arguments, FOUR_FLOATS, False, 1)
     else:
-        return tl.inline_asm_elementwise(LOAD_FP16, OUT_EIGHT, [address], EIGHT_FLOATS, True, 1)
+        return tl.inline_asm_elementwise(MULTIPLY_F16, OUT_FOUR, arguments, FOUR_FLOATS, False, 1)
 
 
 @triton.jit
-def _load_group(x_ptr, group, BF16: tl.constexpr):
-    """The 32 values of x that meet a group, in fours of eight."""
-    first = group * 32
-    return (
-        _load_eight(x_ptr, first, BF16), _load_eight(x_ptr, first + 8, BF16),
-        _load_eight(x_ptr, first + 16, BF16), _load_eight(x_ptr, first + 24, BF16),
-    )  # fmt: skip
+def _load_row(codes_ptr, absmax_ptr, nested_ptr, row, step, left, lane, BLOCKS: tl.constexpr, DOUBLE: tl.constexpr):
+    """Of a row: the lane's codes of 4 blocks, and of one of these the stored absmax and what it is a share of."""
+    number, block = row.to(tl.int64) * BLOCKS + step * 4, lane % 4
+    mine = tl.where(block < left, number + block, 0)
+    absmax = _load_byte(absmax_ptr, mine, block < left) if DOUBLE else _load_float(absmax_ptr, mine)
+    nested = _load_float(nested_ptr, mine >> 8) if DOUBLE else absmax
+    return _load_codes(codes_ptr, number * 32 + block * 8, left), absmax, nested
 
 
 @triton.jit
-def _dot_eight(word, x, acc):
-    """acc + levels of a word's 8 codes times x. Impure, so that it stays behind `_store_levels`."""
-    operands = [word, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], acc]
-    return tl.inline_asm_elementwise(DOT_EIGHT, IN_EIGHT, operands, tl.float32, False, 1)
+def _load_step(
+    codes_ptr, absmax_ptr, nested_ptr, position, program, programs, rows, thread,
+    BLOCKS: tl.constexpr, DOUBLE: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """What a program reads at a position: both rows of every lane. Positions are the turns of its tiles, one after the other."""
+    TURNS: tl.constexpr = (BLOCKS + 4 * PARTS - 1) // (4 * PARTS)
+    TILE: tl.constexpr = 16 * (WARPS // PARTS)
+    lane, warp = thread % 32, thread // 32
+    tile, step = program + position // TURNS * programs, position % TURNS * PARTS + warp % PARTS
+    left = tl.where(tile * TILE < rows, BLOCKS - step * 4, 0)
+    row = tile * TILE + warp // PARTS * 16 + lane // 4
+    row0, row1 = tl.minimum(row, rows - 1), tl.minimum(row + 8, rows - 1)
+    codes0, absmax0, nested0 = _load_row(codes_ptr, absmax_ptr, nested_ptr, row0, step, left, lane, BLOCKS, DOUBLE)
+    codes1, absmax1, nested1 = _load_row(codes_ptr, absmax_ptr, nested_ptr, row1, step, left, lane, BLOCKS, DOUBLE)
+    return codes0, absmax0, nested0, codes1, absmax1, nested1
 
 
-@triton.jit
-def _load_weights(codes_ptr, absmax_ptr, row, group, per_row, valid, DOUBLE: tl.constexpr):
-    """Codes, stored absmax and number in the weight of the groups `group` of rows `row`."""
-    number = row.to(tl.int64) * per_row + group
-    absmax = _load_byte(absmax_ptr, number >> 1, valid) if DOUBLE else _load_float(absmax_ptr, number >> 1)
-    return _load_codes(codes_ptr, number, valid), absmax, number
-
-
-@triton.jit(do_not_specialize=["rounds"])
+@triton.jit(do_not_specialize=["x_rows", "rounds"])
 def _gemv_kernel(
-    x_ptr, y_ptr, rounds, rows0, rows1, rows2,
+    x_ptr, y_ptr, x_rows, y_stride, rounds, rows0, rows1, rows2,
     codes0_ptr, absmax0_ptr, nested0_ptr, nested_map0_ptr, offset0_ptr, map0_ptr,
     codes1_ptr, absmax1_ptr, nested1_ptr, nested_map1_ptr, offset1_ptr, map1_ptr,
     codes2_ptr, absmax2_ptr, nested2_ptr, nested_map2_ptr, offset2_ptr, map2_ptr,
-    COUNT: tl.constexpr, DOUBLE: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, THREADS: tl.constexpr,
+    COUNT: tl.constexpr, DOUBLE: tl.constexpr, ONE: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """PER_ROW: groups of a row. A weight's programs take its tiles in turn, `rounds` each, the last ones fewer."""
-    STEPS: tl.constexpr = (PER_ROW + GROUPS - 1) // GROUPS
+    """BLOCKS: of a row. ONE: x has one row. PARTS: warps that share the columns of 16 rows. A weight's programs take its tiles in
+    turn, `rounds` each, the last ones fewer."""
+    TURNS: tl.constexpr = (BLOCKS + 4 * PARTS - 1) // (4 * PARTS)  # steps of a warp for a tile
+    TILES: tl.constexpr = WARPS // PARTS  # of 16 rows
+    COLUMNS: tl.constexpr = 1 if ONE else 2  # of a lane's sums, that can be of x's rows
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     program, which = tl.program_id(0), 0
-    programs = tl.cdiv(tl.cdiv(rows0, ROWS), rounds)
+    programs = tl.cdiv(tl.cdiv(rows0, 16 * TILES), rounds)
     if COUNT > 1:  # which of the stacked weights this program works on
-        programs1, programs2 = tl.cdiv(tl.cdiv(rows1, ROWS), rounds), tl.cdiv(tl.cdiv(rows2, ROWS), rounds)
+        programs1, programs2 = tl.cdiv(tl.cdiv(rows1, 16 * TILES), rounds), tl.cdiv(tl.cdiv(rows2, 16 * TILES), rounds)
         which = (program >= programs).to(tl.int32) + (program >= programs + programs1).to(tl.int32)
         program -= choose(which, 0, programs, programs + programs1, COUNT)
         y_ptr += choose(which, 0, rows0, rows0 + rows1, COUNT)
@@ -179,40 +208,51 @@ def _gemv_kernel(
     nested_map_ptr = choose(which, nested_map0_ptr, nested_map1_ptr, nested_map2_ptr, COUNT)
     offset_ptr, map_ptr = choose(which, offset0_ptr, offset1_ptr, offset2_ptr, COUNT), choose(which, map0_ptr, map1_ptr, map2_ptr, COUNT)
 
-    local, group = tl.arange(0, ROWS)[:, None], tl.arange(0, GROUPS)[None, :]
-    row, here = tl.minimum(program * ROWS + local, rows - 1), tl.minimum(group, PER_ROW - 1)
-    codes, absmax, number = _load_weights(codes_ptr, absmax_ptr, row, here, PER_ROW, 1, DOUBLE)
-    _store_levels(map_ptr, THREADS)
+    thread = tl.arange(0, WARPS * 32)
+    lane, part = thread % 32, thread // 32 % PARTS
+    soon = _load_step(codes_ptr, absmax_ptr, nested_ptr, 0, program, programs, rows, thread, BLOCKS, DOUBLE, WARPS, PARTS)
+    later = _load_step(codes_ptr, absmax_ptr, nested_ptr, 1, program, programs, rows, thread, BLOCKS, DOUBLE, WARPS, PARTS)
+    _store_pairs(map_ptr, thread, BF16)
     offset = tl.load(offset_ptr) if DOUBLE else 0.0
-    x = _load_group(x_ptr, here, BF16)
-    for tile in range(program, tl.cdiv(rows, ROWS), programs):
-        acc = tl.zeros((ROWS, GROUPS), dtype=tl.float32)
-        for step in range(STEPS):
-            if STEPS > 1:
-                x = _load_group(x_ptr, tl.minimum(step * GROUPS + group, PER_ROW - 1), BF16)
-            scale = absmax
+    position = 0
+    for tile in range(program, tl.cdiv(rows, 16 * TILES), programs):
+        sum00 = tl.zeros((WARPS * 32,), dtype=tl.float32)
+        sum01, sum10, sum11 = sum00, sum00, sum00
+        for turn in range(TURNS):
+            codes0, scale0, nested0, codes1, scale1, nested1 = soon
+            soon = later
+            later = _load_step(codes_ptr, absmax_ptr, nested_ptr, position + 2, program, programs, rows, thread, BLOCKS, DOUBLE, WARPS, PARTS)
+            position += 1
             if DOUBLE:
-                scale = _load_float(nested_map_ptr, absmax) * _load_float(nested_ptr, number >> 9) + offset
-            part = tl.zeros((ROWS, GROUPS), dtype=tl.float32)
-            for i in tl.static_range(4):
-                part = _dot_eight(codes[i], x[i], part)
-            acc += tl.where(step * GROUPS + group < PER_ROW, part * scale, 0.0)
-
-            last = step == STEPS - 1  # then the next codes are the next tile's, if there is one
-            next_tile, next_step = tl.where(last, tile + programs, tile), tl.where(last, 0, step + 1)
-            row = tl.minimum(next_tile * ROWS + local, rows - 1)
-            here = tl.minimum(next_step * GROUPS + group, PER_ROW - 1)
-            valid = (next_tile * ROWS < rows).to(tl.int32)
-            codes, absmax, number = _load_weights(codes_ptr, absmax_ptr, row, here, PER_ROW, valid, DOUBLE)
-        out = tile * ROWS + tl.arange(0, ROWS)
-        tl.store(y_ptr + out, tl.sum(acc, 1).to(y_ptr.dtype.element_ty), mask=out < rows)
+                scale0 = _load_float(nested_map_ptr, scale0) * nested0 + offset
+                scale1 = _load_float(nested_map_ptr, scale1) * nested1 + offset
+            block = (turn * PARTS + part) * 4
+            for b in tl.static_range(4):
+                index = lane // 4 * (BLOCKS * 64) + (block + b) * 64 + lane % 4 * 16
+                valid = (lane // 4 < x_rows) & (block + b < BLOCKS)
+                product = _multiply(codes0[2 * b], codes0[2 * b + 1], codes1[2 * b], codes1[2 * b + 1], x_ptr, index, valid, lane, BF16)
+                block0, block1 = _take_from(scale0, (lane & 28) + b), _take_from(scale1, (lane & 28) + b)
+                sum00 += product[0] * block0
+                sum10 += product[2] * block1
+                if not ONE:
+                    sum01 += product[1] * block0
+                    sum11 += product[3] * block1
+        sums = tl.join(sum00, sum10)
+        if not ONE:
+            sums = tl.join(sums, tl.join(sum01, sum11))
+        y = tl.sum(tl.reshape(sums, (TILES, PARTS, 32, 2 * COLUMNS)), 1)
+        lanes, which_sum = tl.arange(0, 32)[None, :, None], tl.arange(0, 2 * COLUMNS)[None, None, :]
+        row = (tile * TILES + tl.arange(0, TILES)[:, None, None]) * 16 + lanes // 4 + which_sum // COLUMNS * 8
+        column = lanes % 4 * 2 + which_sum % COLUMNS
+        tl.store(y_ptr + column * y_stride + row, y.to(y_ptr.dtype.element_ty), mask=(column < x_rows) & (row < rows))
 
 
 def takes(x: torch.Tensor, packed: list[dict[str, torch.Tensor]]) -> bool:
-    """Whether `multiply` does: one row of 16 bits on a card it is made for, whole blocks, all at addresses of 16-byte loads."""
-    if x.shape[0] != 1 or x.shape[1] % 64 or x.dtype not in (torch.float16, torch.bfloat16) or not capable(x.device):
+    """Whether `multiply` does: a few rows of 16 bits on a card it is made for, whole blocks, all at addresses of 16-byte loads."""
+    if x.shape[0] > MOST_ROWS or x.shape[1] % 64 or x.dtype not in (torch.float16, torch.bfloat16) or not capable(x.device):
         return False
-    return all(tensor.data_ptr() % 16 == 0 for tensor in (x, *(p["weight"] for p in packed))) and trusted(x.device)
+    read = (t for p in packed for t in (p["weight"], p["quant_map"]))
+    return all(tensor.data_ptr() % 16 == 0 for tensor in (x, *read)) and trusted(x.device)
 
 
 @lru_cache(maxsize=8)
@@ -222,55 +262,51 @@ def capable(device: torch.device) -> bool:
 
 
 def trusted(device: torch.device) -> bool:
-    """Whether a product came out right here, tried once: PTX by hand meets more cards and drivers than anybody can test on.
+    """Whether products came out right here, tried once: PTX by hand meets more cards and drivers than anybody can test on.
 
     Not while a graph is captured, which cannot wait for a result; a pass is run before it is captured.
     """
     if device not in _right and not torch.cuda.is_current_stream_capturing():
         _right[device] = _tried(device)
         if not _right[device]:
-            log.warning("the fast product of one row is wrong on this card (%s); the slower one is used.", device)
+            log.warning("the fast product of a few rows is wrong on this card (%s); the slower one is used.", device)
     return _right.get(device, False)
 
 
 def _tried(device: torch.device) -> bool:
-    """Two stacked weights, several steps of a row, the last one partly used."""
+    """Two stacked weights, several turns, the last one partly used; one row of x and more."""
     generator = torch.Generator().manual_seed(0)
     weights = [reference_nf4.quantize(torch.randn(rows, 4160, generator=generator)) for rows in (33, 5)]
-    x = torch.randn(1, 4160, generator=generator).half()
+    x = torch.randn(3, 4160, generator=generator).half()
     exact = torch.cat([reference_nf4.dequantize(w, torch.empty(rows, 4160)) for w, rows in zip(weights, (33, 5))])
     wanted = x.double() @ exact.double().t()
     moved = [{name: tensor.to(device) for name, tensor in w.items()} for w in weights]
-    got = multiply(x.to(device), moved, [33, 5]).cpu().double()
-    return bool((got - wanted).norm() <= 1e-3 * wanted.norm())
+    got = [multiply(x[:rows].to(device), moved, [33, 5]).cpu().double() for rows in (1, 3)]
+    return all(bool((y - wanted[: len(y)]).norm() <= 1e-3 * wanted[: len(y)].norm()) for y in got)
 
 
 def multiply(x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_features: list[int]) -> torch.Tensor:
-    """x: [1, in], as `takes` says. 1 to MOST_WEIGHTS weights, all with double quantization or none. Returns y [1, sum of out]."""
-    y = x.new_empty(1, sum(out_features))
-    per_row, unused = x.shape[1] // 32, MOST_WEIGHTS - len(packed)
-    rows, groups, registers = tiling(y.shape[1], per_row)
-    tiles = [triton.cdiv(n, rows) for n in out_features]
-    rounds = triton.cdiv(sum(tiles), processors(x.device) * (REGISTERS // (registers * THREADS)))
+    """x: [M, in], as `takes` says. 1 to MOST_WEIGHTS weights, all with double quantization or none. Returns y [M, sum of out]."""
+    y = x.new_empty(x.shape[0], sum(out_features))
+    blocks, unused = x.shape[1] // 64, MOST_WEIGHTS - len(packed)
+    parts = parts_of(y.shape[1], blocks, processors(x.device))
+    tiles = [triton.cdiv(n, TILE * (WARPS // parts)) for n in out_features]
+    rounds = triton.cdiv(sum(tiles), processors(x.device) * RESIDENT)
     weights = [p for weight in [*packed, *[packed[0]] * unused] for p in operands(weight)]
     _gemv_kernel[(sum(triton.cdiv(n, rounds) for n in tiles),)](
-        x, y, rounds, *out_features, *[0] * unused, *weights,
-        COUNT=len(packed), DOUBLE="nested_absmax" in packed[0], PER_ROW=per_row, ROWS=rows, GROUPS=groups, THREADS=THREADS,
-        num_warps=THREADS // 32, maxnreg=registers,
+        x, y, x.shape[0], y.shape[1], rounds, *out_features, *[0] * unused, *weights,
+        COUNT=len(packed), DOUBLE="nested_absmax" in packed[0], ONE=x.shape[0] == 1, BLOCKS=blocks, WARPS=WARPS, PARTS=parts,
+        num_warps=WARPS, maxnreg=65536 // (RESIDENT * WARPS * 32),
     )  # fmt: skip
     return y
 
 
-def tiling(rows: int, per_row: int) -> tuple[int, int, int]:
-    """Rows and groups of a tile, and the registers of a thread, for `rows` rows of `per_row` groups.
-
-    The widest step that wastes no more of its last round than the narrowest does, within a quarter of a row, and 4 rows a
-    thread, or fewer for more tiles. Registers without spills; unasked, triton 3.6 takes up to 254 and few programs fit.
-    """
-    least = -(-per_row // GROUPS[-1]) * GROUPS[-1]
-    groups = next(step for step in GROUPS if -(-per_row // step) * step <= least + per_row // 4)
-    each = next((n for n in EACH if rows * groups >= TILES * n * THREADS), EACH[-1])
-    return each * THREADS // groups, groups, 128 if each == 4 and per_row <= groups else 96
+def parts_of(rows: int, blocks: int, processors: int) -> int:
+    """How many warps share the columns of 16 rows: as few as fill the card, since their sums have to meet."""
+    parts = 1
+    while parts < WARPS and rows // TILE * parts < 0.8 * processors * RESIDENT * WARPS and parts * STEP < blocks:
+        parts *= 2
+    return parts
 
 
 def operands(packed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -2,9 +2,9 @@
 
     y[m, o] = sum_i x[m, i] * quant_map[code[o, i]] * absmax[(o * in + i) // 64]        absmax: see `dequant_nf4.py`
 
-One row of x goes to `gemv_nf4.py` where that takes it. The kernel for it here is for every other case: older cards, fp32,
-rows that are not whole blocks, any address. Levels are looked up by a gather in shared memory, a block's absmax is decoded once
-and multiplies its sum, and weights that see the same input (q, k, v) are one launch. There are more programs than
+A few rows of x go to `gemv_nf4.py` where that takes them. The kernel for one row here is for every other case: older cards,
+fp32, rows that are not whole blocks, any address. Levels are looked up by a gather in shared memory, a block's absmax is decoded
+once and multiplies its sum, and weights that see the same input (q, k, v) are one launch. There are more programs than
 multiprocessors without splitting a sum, so the order of a sum is fixed. More rows, up to MAX_ROWS, decode a tile of W once
 and multiply it on the tensor cores, as in `matmul_grouped.py`.
 
@@ -134,6 +134,8 @@ def matmul(x: torch.Tensor, packed: dict[str, torch.Tensor], out_features: int) 
     if x.shape[0] == 1 or not tensor_cores(x.device):
         return matmul_stacked(x, [packed], [out_features])
     _check(x, [packed], [out_features])
+    if gemv_nf4.takes(x, [packed]):
+        return gemv_nf4.multiply(x, [packed], [out_features])
     x_rows, row_bytes = x.shape[0], x.shape[1] // 2
     aligned = _aligned([packed], row_bytes)
     programs = triton.cdiv(out_features, DOT_ROWS)
@@ -148,7 +150,7 @@ def matmul(x: torch.Tensor, packed: dict[str, torch.Tensor], out_features: int) 
 
 
 def matmul_stacked(x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_features: list[int]) -> torch.Tensor:
-    """x [W1; W2; ..]^T for up to MOST_WEIGHTS weights in one launch, meant for one row of x. Otherwise as `matmul`."""
+    """x [W1; W2; ..]^T for up to MOST_WEIGHTS weights in one launch, meant for a few rows of x. Otherwise as `matmul`."""
     _check(x, packed, out_features)
     if not 1 <= len(packed) <= MOST_WEIGHTS or len({"nested_absmax" in p for p in packed}) != 1:
         raise ValueError(f"one launch takes 1 to {MOST_WEIGHTS} weights, all with double quantization or all without; got {len(packed)}.")

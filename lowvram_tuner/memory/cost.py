@@ -7,6 +7,7 @@ in a budget is a division.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lowvram_tuner.memory.budget import MB, Budget, Rates
@@ -173,6 +174,8 @@ class Cost:
         forward, backward = self._arithmetic(all_, attention)
         slabs, inputs = self._transfers(streamed, all_)
         out = (HIDDEN * forward - inputs) / self.gate_up_s
+        if self.work.chunks(self.choice.mlp_chunk) == 1:  # one is out before the next one goes: whole layers lie between them
+            out = (self.layers - all_) // max(1, math.ceil(self.layers / max(out, 1)))
         back = (HIDDEN * backward - slabs - inputs) / (self.gate_up_s + HIDDEN * self.gate_up_again_s)
         room = (self.host_limit - self.host_bytes(streamed)) // self.work.gate_up_bytes(self.choice.mlp_chunk)
         return max(0, min((self.layers - all_) * self.work.chunks(self.choice.mlp_chunk), room, int(out), int(back)))

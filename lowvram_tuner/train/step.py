@@ -68,7 +68,8 @@ class FusedStep:
         again = [i for i in range(len(self.layers)) if self.keep_level(i) != ALL]
         self.inputs = self.gate_up = None
         if plan.inputs_on_host and max_tokens:
-            self.inputs = HostStore(len(again), (max_tokens, config.hidden_size), loaded.dtype, loaded.device)
+            # Two may be on their way out, behind a large copy of gate and up: forward has room for what backward needs anyway.
+            self.inputs = HostStore(len(again), (max_tokens, config.hidden_size), loaded.dtype, loaded.device, depth=2)
         if plan.gate_up_on_host and max_tokens:
             # Most memory is taken while the last layer, which keeps everything, and the loss are computed: no copy is under way then.
             last = len(self.layers) - 1
@@ -96,6 +97,8 @@ class FusedStep:
             level = self.keep_level(index)
             if self.gate_up is not None and index == self.away_until:
                 self.gate_up.store.settle()
+            if self.inputs is not None and level != INPUT:
+                self.inputs.settle()
             y, saved = layer.forward(x, sequences, level, self.gate_up and self.gate_up.takes(index))
             if self.inputs is not None and level == INPUT:
                 self.inputs.put(index, x)

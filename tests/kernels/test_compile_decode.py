@@ -1,5 +1,7 @@
 """The kernels of a token's step compile for real cards, within the shared memory of the smallest ones."""
 
+import itertools
+
 import pytest
 
 pytest.importorskip("triton")
@@ -35,13 +37,13 @@ def cases(half, multiplies):
             tile = {"X_ROWS": 32, "ROWS": matmul_nf4.DOT_ROWS, "BYTES": matmul_nf4.DOT_BYTES, "DOUBLE": double, "ALIGNED": True}
             yield matmul_nf4._dot_kernel, (x, *weight, f32, 17, 4096, 7168, 1792), tile, 4, 2
     if multiplies:  # 8.0 and later, as `gemv_nf4.capable`
-        for dtype, double, sizes, cols in gemv_cases(torch):
-            rows, groups, registers = gemv_nf4.tiling(sum(sizes), cols // 32)
-            tile = {"PER_ROW": cols // 32, "ROWS": rows, "GROUPS": groups, "THREADS": gemv_nf4.THREADS}
+        for dtype, double, one, parts, sizes in itertools.product(
+            (torch.float16, torch.bfloat16), (True, False), (True, False), (1, 2, 8), ((4096,), (4096, 1024, 1024))
+        ):
             weight = (u8, u8 if double else f32, f32, f32, f32, f32)
-            arguments = (t(dtype), t(dtype), 7, *sizes, *[0] * (3 - len(sizes)), *weight * 3)
-            flags = {"COUNT": len(sizes), "DOUBLE": double, **tile}
-            yield gemv_nf4._gemv_kernel, arguments, flags, gemv_nf4.THREADS // 32, 3, registers
+            arguments = (t(dtype), t(dtype), 8, 6144, 7, *sizes, *[0] * (3 - len(sizes)), *weight * 3)
+            flags = {"COUNT": len(sizes), "DOUBLE": double, "ONE": one, "BLOCKS": 64, "WARPS": gemv_nf4.WARPS, "PARTS": parts}
+            yield gemv_nf4._gemv_kernel, arguments, flags, gemv_nf4.WARPS, 3, 128
     for group, d, width in ((4, 128, 128), (7, 80, 128), (1, 256, 256)):
         tile = {"GROUP": group, "QUERIES": 16, "D": d, "WIDTH": width, "BLOCK": 64 if width <= 128 else 32}
         yield attention_cache._part_kernel, (x, x, i64, f32, f32, 8, 64, 0.1), tile, 4, 2
@@ -49,22 +51,6 @@ def cases(half, multiplies):
     yield thin._down_kernel, (x, x, f32, f32, 4096), {"BLOCK": thin.COLUMNS}, 4, 3
     flags = {"BIAS": True, "RESIDUAL": True, "ADAPTER": True, "WIDTH": 16, "BLOCK": thin.ROWS}
     yield thin._finish_kernel, (x, x, x, f32, x, i32, 6144, 48, 16), flags, 2, 3
-
-
-def gemv_cases(torch):
-    """(dtype, double, rows of each weight, in): every tile there is, for rows of one round and of more; every kind of weight."""
-    from kernels.gemv_nf4 import tiling
-
-    tiles = {}
-    for cols in range(64, 16384, 64):
-        for rows in (100, 1500, 3000, 5000, 20000):
-            tile = tiling(rows, cols // 32)
-            tiles.setdefault((tile, cols // 32 <= tile[1]), (torch.bfloat16, True, (rows,), cols))
-    assert len(tiles) == 18, tiles
-    yield from tiles.values()
-    for dtype, double in ((torch.float16, True), (torch.float16, False), (torch.bfloat16, False)):
-        for sizes in ((4096,), (14336, 14336), (4096, 1024, 1024), (1, 1, 1)):
-            yield dtype, double, sizes, 4096
 
 
 if __name__ == "__main__":

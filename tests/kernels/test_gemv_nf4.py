@@ -1,7 +1,8 @@
-"""The product of one row on newer cards: what it takes, how it is tiled, and the kernel with its PTX told in Triton."""
+"""The product of a few rows on newer cards: what it takes, and the kernel with its PTX told in Triton."""
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -34,38 +35,59 @@ def _values(ptr, index, TYPE: tl.constexpr):
     return tl.load(ptr.to(tl.pointer_type(TYPE)) + index)
 
 
+def _product(a, b):
+    """What the tensor cores make of a register of each lane: rows lane // 4 of one times rows lane // 4 of the other, the sum
+    over a group of four lanes, as the two columns that a lane holds."""
+    warps = a.shape[0] // 32
+    both = tl.reshape(a, (warps, 8, 1, 4)) * tl.reshape(b, (warps, 1, 8, 4))
+    return [tl.reshape(part, a.shape) for part in tl.split(tl.reshape(tl.sum(both, 3), (warps, 8, 4, 2)))]
+
+
 @pytest.fixture
 def told(anywhere, monkeypatch):
     """Each line of PTX as the interpreter can run it. A load that is passed by gives what would show if it were used."""
     levels = []
 
-    def dot(word, x, acc):
-        for k in range(8):
-            code = (word >> (k // 2 * 8 + 4 - k % 2 * 4)) & 15
-            acc += tl.reshape(tl.gather(levels[-1], tl.reshape(code, (code.numel.value,)), 0), code.shape) * x[k]
-        return acc
+    def store(map_ptr, thread, BF16):
+        levels.append(tl.load(map_ptr + tl.arange(0, 16)).to(tl.float16).to(tl.float32))
 
-    def codes(ptr, group, valid):
-        return tuple(_values(ptr, group * 4 + i, tl.int32) * valid - (1 - valid) for i in range(4))
+    def codes(ptr, index, left):
+        return tuple(_values(ptr, tl.where(left > i // 2, index // 4 + i // 2 * 8 + i % 2, 0), tl.int32) for i in range(8))
 
-    monkeypatch.setattr(gemv_nf4, "_store_levels", lambda ptr, threads: levels.append(tl.load(ptr + tl.arange(0, 16))))
+    def multiply(first0, first1, second0, second1, x_ptr, index, valid, lane, BF16):
+        sums = [tl.zeros(lane.shape, tl.float32)] * 4
+        for i in range(16):
+            x = _values(x_ptr, tl.where(valid, index + i, 0), tl.float16).to(tl.float32) * valid
+            for row, words in enumerate(((first0, first1), (second0, second1))):
+                code = (words[i // 8] >> (i % 8 // 2 * 8 + 4 - i % 2 * 4)) & 15
+                part = _product(tl.gather(levels[-1], code, 0), x)
+                sums[2 * row], sums[2 * row + 1] = sums[2 * row] + part[0], sums[2 * row + 1] + part[1]
+        return tuple(sums)
+
+    def take_from(value, lane):
+        warps = lane.shape[0] // 32
+        return tl.reshape(tl.gather(tl.reshape(value, (warps, 32)), tl.reshape(lane, (warps, 32)), 1), lane.shape)
+
+    monkeypatch.setattr(gemv_nf4, "_store_pairs", store)
     monkeypatch.setattr(gemv_nf4, "_load_codes", codes)
-    monkeypatch.setattr(gemv_nf4, "_load_byte", lambda ptr, index, valid: _values(ptr, index, tl.uint8).to(tl.int32) * valid)
-    monkeypatch.setattr(gemv_nf4, "_load_float", lambda ptr, index: _values(ptr, index, tl.float32))
     monkeypatch.setattr(
-        gemv_nf4, "_load_eight", lambda ptr, index, bf16: tuple(_values(ptr, index + i, tl.float16).to(tl.float32) for i in range(8))
+        gemv_nf4, "_load_byte", lambda ptr, index, valid: tl.where(valid, _values(ptr, index, tl.uint8).to(tl.int32), 0)
     )
-    monkeypatch.setattr(gemv_nf4, "_dot_eight", dot)
+    monkeypatch.setattr(gemv_nf4, "_load_float", lambda ptr, index: _values(ptr, index, tl.float32))
+    monkeypatch.setattr(gemv_nf4, "_take_from", take_from)
+    monkeypatch.setattr(gemv_nf4, "_multiply", multiply)
 
 
 @interpreted
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
-@pytest.mark.parametrize("sizes, cols", [((5,), 64), ((33,), 1088), ((3,), 4160), ((9, 20), 1024), ((1, 7, 33), 192)], ids=str)
-def test_interpreted(sizes, cols, double, told, monkeypatch):
-    """Fewer rows than a tile, rows that end within a step, several steps, and several tiles a program."""
+@pytest.mark.parametrize(
+    "sizes, cols, m", [((5,), 64, 1), ((33,), 1088, 8), ((3,), 4160, 3), ((9, 20), 2304, 1), ((1, 7, 33), 192, 2)], ids=str
+)
+def test_interpreted(sizes, cols, m, double, told, monkeypatch):
+    """Fewer rows than a tile, blocks that end within a step, several turns, and several tiles a program."""
     for count in (1, 100):
         monkeypatch.setattr(gemv_nf4, "processors", lambda device, count=count: count)
-        check_stacked(sizes, cols, "cpu", torch.float16, double)
+        check_stacked(sizes, cols, "cpu", torch.float16, double, m)
 
 
 def test_the_old_kernel_does_the_rest(anywhere, monkeypatch):
@@ -73,9 +95,10 @@ def test_the_old_kernel_does_the_rest(anywhere, monkeypatch):
     monkeypatch.setattr(gemv_nf4, "multiply", lambda x, packed, out_features: taken.append(out_features))
     packed, _ = packed_weight(5, 64)
     for dtype in (torch.float16, torch.bfloat16):
-        matmul_nf4.matmul(torch.zeros(1, 64, dtype=dtype), packed, 5)
-        matmul_nf4.matmul_stacked(torch.zeros(1, 64, dtype=dtype), [packed] * 3, [5] * 3)
-    assert taken == [[5], [5] * 3] * 2
+        for m in (1, 8):
+            matmul_nf4.matmul(torch.zeros(m, 64, dtype=dtype), packed, 5)
+            matmul_nf4.matmul_stacked(torch.zeros(m, 64, dtype=dtype), [packed] * 3, [5] * 3)
+    assert taken == [[5], [5] * 3] * 4
 
 
 def shifted(tensor, by):
@@ -90,13 +113,16 @@ def test_what_is_taken(anywhere):
     single, _ = packed_weight(4, 64, double=False)
     x = shifted(torch.zeros(1, 64).half(), 0)
     packed["weight"], single["weight"] = shifted(packed["weight"], 0), shifted(single["weight"], 16)
-    assert gemv_nf4.takes(x, [packed] * 3) and gemv_nf4.takes(x.bfloat16(), [packed]) and gemv_nf4.takes(x, [single])
+    packed["quant_map"], single["quant_map"] = shifted(packed["quant_map"], 0), shifted(single["quant_map"], 4)
+    bf16, eight = shifted(x.bfloat16(), 0), shifted(torch.zeros(8, 64).half(), 0)
+    assert gemv_nf4.takes(x, [packed] * 3) and gemv_nf4.takes(bf16, [packed]) and gemv_nf4.takes(x, [single])
+    assert gemv_nf4.takes(eight, [packed])
     assert not gemv_nf4.takes(x.float(), [packed]), "fp32"
-    assert not gemv_nf4.takes(torch.zeros(2, 64).half(), [packed]), "two rows"
+    assert not gemv_nf4.takes(torch.zeros(9, 64).half(), [packed]), "nine rows"
     assert not gemv_nf4.takes(torch.zeros(1, 96).half(), [packed]), "blocks that cross rows"
     assert not gemv_nf4.takes(shifted(x, 1), [packed]) and gemv_nf4.takes(shifted(x, 8), [packed])
-    for by in (1, 4, 8):
-        assert not gemv_nf4.takes(x, [packed, packed | {"weight": shifted(packed["weight"], by)}]), by
+    for name, by in (("weight", 1), ("weight", 8), ("quant_map", 1), ("quant_map", 2)):
+        assert not gemv_nf4.takes(x, [packed, packed | {name: shifted(packed[name], by)}]), (name, by)
 
 
 @interpreted
@@ -110,7 +136,7 @@ def test_it_is_tried_once_before_it_is_trusted(told, monkeypatch, caplog):
     assert gemv_nf4.takes(x, [packed]) and gemv_nf4._right == {torch.device("cpu"): True}
 
     gemv_nf4._right.clear()
-    monkeypatch.setattr(gemv_nf4, "_dot_eight", lambda word, x, acc: acc + x[0])
+    monkeypatch.setattr(gemv_nf4, "_take_from", lambda value, lane: value)
     assert not gemv_nf4.takes(x, [packed]) and "is wrong on this card" in caplog.text
     monkeypatch.setattr(gemv_nf4, "_tried", None)
     assert not gemv_nf4.takes(x, [packed])
@@ -124,28 +150,15 @@ def test_cards_that_run_it(capability, interpret, takes, monkeypatch):
     assert not gemv_nf4.capable.__wrapped__(torch.device("cpu"))
 
 
-@pytest.mark.parametrize(
-    "rows, cols, tile",
-    [
-        (4096, 14336, (4, 128, 96)), (28672, 4096, (4, 128, 128)), (6144, 4096, (4, 128, 128)), (1024, 4096, (2, 128, 96)),
-        (9728, 896, (16, 32, 128)), (1152, 896, (4, 32, 96)), (896, 4864, (2, 64, 96)), (5, 64, (4, 32, 96)),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_tiles_fit_a_weight(rows, cols, tile):
-    """Rows and groups of a tile, registers of a thread."""
-    assert gemv_nf4.tiling(rows, cols // 32) == tile
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("m", [1, 2, 8])
 @pytest.mark.parametrize("sizes, cols", STACKS, ids=str)
-def test_on_a_card(sizes, cols, double, monkeypatch):
+def test_on_a_card(sizes, cols, m, monkeypatch):
     if not gemv_nf4.capable(torch.device("cuda")):
         pytest.skip("an older card: `matmul_nf4.py` alone")
     taken = []
     multiply = gemv_nf4.multiply
     monkeypatch.setattr(gemv_nf4, "multiply", lambda *arguments: taken.append(1) or multiply(*arguments))
-    for dtype in (torch.float16, torch.bfloat16):
-        check_stacked(sizes, cols, "cuda", dtype, double)
+    for dtype, double in itertools.product((torch.float16, torch.bfloat16), (True, False)):
+        check_stacked(sizes, cols, "cuda", dtype, double, m)
     assert taken
