@@ -52,53 +52,81 @@ LOAD_CODES = _lines(
     "}",
 )  # fmt: skip
 LOAD_BYTE = _lines("{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0;", "@p ld.global.u8 $0, [$1]; }")
-LOAD_FLOAT = tl.constexpr("ld.global.nc.f32 $0, [$1];")
+LOAD_FLOAT = tl.constexpr("ld.global.f32 $0, [$1];")
 TAKE_FROM = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 
 
-def _store_pairs_lines(half: str) -> tl.constexpr:
-    """Thread $2 stores its share of the pairs of levels of map $1: entry b has level b >> 4 in the lower half, b & 15 above."""
+def _store_tables_lines(half: str, double: bool) -> tl.constexpr:
+    """Thread $3 stores its share of the pairs of levels of map $1, where entry b has level b >> 4 in the lower half and b & 15
+    above, and value $3 of the map $2 of stored absmax. The first barrier keeps the loads of codes before it: the compiler would
+    have them wait for the maps."""
     each = 16 // WARPS
+    shares = ["ld.global.nc.f32 level0, [h];", "mov.u32 v, nf4_shares; mad.lo.u32 v, $3, 4, v; st.shared.f32 [v], level0;"] if double else []
     return _lines(
-        ".shared .align 128 .b32 nf4_pairs[8192];",
-        f"{{ .reg .b32 a, v; .reg .b64 h; .reg .f32 low<16>, high<{each}>; shr.u32 a, $2, 5;",
+        ".shared .align 128 .b32 nf4_pairs[8192];", f".shared .align 128 .f32 nf4_shares[{32 * WARPS}];",
+        f"{{ .reg .b32 a, v; .reg .b64 h; .reg .f32 low<16>, high<{each}>, level0; bar.sync 0; shr.u32 a, $3, 5;",
+        "mul.wide.u32 h, $3, 4; add.u64 h, h, $2;", *shares[:1],
         *(f"ld.global.nc.v4.f32 {{low{k}, low{k + 1}, low{k + 2}, low{k + 3}}}, [$1 + {4 * k}];" for k in range(0, 16, 4)),
         f"mul.wide.u32 h, a, {4 * each}; add.u64 h, h, $1;",
-        *(f"ld.global.nc.f32 high{i}, [h + {4 * i}];" for i in range(each)),
-        f"and.b32 v, $2, 31; shl.b32 v, v, 2; mad.lo.u32 a, a, {each * 16 * 128}, v; mov.u32 v, nf4_pairs; add.u32 a, a, v;",
+        *(f"ld.global.nc.f32 high{i}, [h + {4 * i}];" for i in range(each)), *shares[1:],
+        f"and.b32 v, $3, 31; shl.b32 v, v, 2; mad.lo.u32 a, a, {each * 16 * 128}, v; mov.u32 v, nf4_pairs; add.u32 a, a, v;",
         *(f"cvt.rn.{half}x2.f32 v, low{k}, high{i}; st.shared.b32 [a + {(16 * i + k) * 128}], v;" for i in range(each) for k in range(16)),
         "bar.sync 0; mov.u32 $0, 0; }",
+    )  # fmt: skip
+
+
+STORE_F16, STORE_F16_DOUBLE = (_store_tables_lines("f16", double) for double in (False, True))
+STORE_BF16, STORE_BF16_DOUBLE = (_store_tables_lines("bf16", double) for double in (False, True))
+SHARE = tl.constexpr("{ .reg .b32 a; mov.u32 a, nf4_shares; mad.lo.u32 a, $1, 4, a; ld.shared.f32 $0, [a]; }")
+
+
+def _meet_lines(parts: int) -> tl.constexpr:
+    """The sums $1 and $2 of a warp's first and last 8 rows, in its lanes 0, 4, 8, .., added to those of the `parts` warps that
+    share its rows. $0: of thread i ($3), that of row i of the program; later threads get any value."""
+    return _lines(
+        f".shared .align 128 .f32 nf4_sums[{32 * WARPS}];",
+        "{ .reg .b32 a, b; .reg .pred p; .reg .f32 v, sum; mov.u32 b, nf4_sums; and.b32 a, $3, 3; setp.eq.u32 p, a, 0;",
+        "shr.u32 a, $3, 5; shl.b32 a, a, 6; and.b32 $0, $3, 28; add.u32 a, a, $0; add.u32 a, a, b;",
+        "@p st.shared.f32 [a], $1; @p st.shared.f32 [a + 32], $2; bar.sync 0;",
+        f"shr.u32 a, $3, 4; and.b32 a, a, {WARPS // parts - 1}; mad.lo.u32 b, a, {64 * parts}, b;",
+        "and.b32 a, $3, 15; mad.lo.u32 a, a, 4, b; ld.shared.f32 sum, [a];",
+        *(f"ld.shared.f32 v, [a + {64 * i}]; add.f32 sum, sum, v;" for i in range(1, parts)),
+        "bar.sync 0; mov.b32 $0, sum; }",
     )
 
 
-STORE_F16, STORE_BF16 = _store_pairs_lines("f16"), _store_pairs_lines("bf16")
+MEET_1, MEET_2, MEET_4, MEET_8 = (_meet_lines(parts) for parts in (1, 2, 4, 8))
+
+
+# 16 values of x, 32 bytes, as 8 words; zeros where $9 is 0.
+LOAD_X = _lines(
+    "{ .reg .pred p; setp.ne.s32 p, $9, 0;", *(f"mov.b32 ${i}, 0;" for i in range(8)),
+    "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$8]; @p ld.global.nc.v4.b32 {$4, $5, $6, $7}, [$8 + 16]; }",
+)  # fmt: skip
 
 
 def _multiply_lines(half: str) -> tl.constexpr:
-    """$0..$3: the sums of a block, rows of W ($4, $5: a lane's codes of its first row, $6, $7: of its second) times rows of x
-    (32 bytes at $8, zeros where $9 is 0). $10: four times the lane. Byte 2i of a row is its operand 0 of product i, byte 2i + 1
-    its operand 2."""
+    """$0..$3: the sums of a block, rows of W ($4, $5: a lane's codes of its first row, $6, $7: of its second) times columns of x
+    ($8..$15). $16: four times the lane. Byte 2i of a row is its operand 0 of product i, byte 2i + 1 its operand 2."""
     names = [f"a{part}{byte}" for part in range(2) for byte in range(8)]
     shifts = ["shl.b32 s, {w}, 7;", "shr.u32 s, {w}, 1;", "shr.u32 s, {w}, 9;", "shr.u32 s, {w}, 17;"]
     look = (
-        f"{shifts[byte % 4].format(w=f'${4 + 2 * part + byte // 4}')} lop3.b32 s, s, 0x7f80, $10, 0xea; "
+        f"{shifts[byte % 4].format(w=f'${4 + 2 * part + byte // 4}')} lop3.b32 s, s, 0x7f80, $16, 0xea; "
         f"add.u32 s, s, table; ld.shared.b32 a{part}{byte}, [s];"
         for part in range(2) for byte in range(8)
     )  # fmt: skip
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{half}.{half}.f32 {{c0, c1, c2, c3}},"
     return _lines(
-        f"{{ .reg .b32 x<8>, s, table, {', '.join(names)}; .reg .f32 c<4>; .reg .pred p; setp.ne.s32 p, $9, 0; mov.u32 table, nf4_pairs;",
-        *(f"mov.b32 x{i}, 0;" for i in range(8)), *(f"mov.f32 c{i}, 0f00000000;" for i in range(4)),
-        "@p ld.global.nc.v4.b32 {x0, x1, x2, x3}, [$8]; @p ld.global.nc.v4.b32 {x4, x5, x6, x7}, [$8 + 16];",
-        *look,
-        *(f"{mma} {{a0{2 * i}, a1{2 * i}, a0{2 * i + 1}, a1{2 * i + 1}}}, {{x{2 * i}, x{2 * i + 1}}}, {{c0, c1, c2, c3}};" for i in range(4)),
+        f"{{ .reg .b32 s, table, {', '.join(names)}; .reg .f32 c<4>; mov.u32 table, nf4_pairs;",
+        *(f"mov.f32 c{i}, 0f00000000;" for i in range(4)), *look,
+        *(f"{mma} {{a0{2 * i}, a1{2 * i}, a0{2 * i + 1}, a1{2 * i + 1}}}, {{${8 + 2 * i}, ${9 + 2 * i}}}, {{c0, c1, c2, c3}};" for i in range(4)),
         *(f"mov.f32 ${i}, c{i};" for i in range(4)), "}",
     )  # fmt: skip
 
 
 MULTIPLY_F16, MULTIPLY_BF16 = _multiply_lines("f16"), _multiply_lines("bf16")
 EIGHT_WORDS, FOUR_FLOATS = tl.constexpr((tl.int32,) * 8), tl.constexpr((tl.float32,) * 4)
-OUT_EIGHT, OUT_FOUR = tl.constexpr("=r," * 8 + "l,r"), tl.constexpr("=f," * 4 + "r,r,r,r,l,r,r")
+OUT_EIGHT, OUT_FOUR = tl.constexpr("=r," * 8 + "l,r"), tl.constexpr("=f," * 4 + "r" + ",r" * 12)
 
 
 @triton.jit
@@ -110,13 +138,34 @@ def choose(which, first, second, third, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _store_pairs(map_ptr, thread, BF16: tl.constexpr):
-    """The table of pairs of levels to shared memory."""
-    arguments = [map_ptr.to(tl.int64) + thread * 0, thread]
+def _store_tables(map_ptr, nested_map_ptr, thread, BF16: tl.constexpr, DOUBLE: tl.constexpr):
+    """The pairs of levels and the values of a stored absmax to shared memory."""
+    arguments = [map_ptr.to(tl.int64) + thread * 0, nested_map_ptr.to(tl.int64) + thread * 0, thread]
     if BF16:
-        tl.inline_asm_elementwise(STORE_BF16, "=r,l,r", arguments, tl.int32, False, 1)
+        tl.inline_asm_elementwise(STORE_BF16_DOUBLE if DOUBLE else STORE_BF16, "=r,l,l,r", arguments, tl.int32, False, 1)
     else:
-        tl.inline_asm_elementwise(STORE_F16, "=r,l,r", arguments, tl.int32, False, 1)
+        tl.inline_asm_elementwise(STORE_F16_DOUBLE if DOUBLE else STORE_F16, "=r,l,l,r", arguments, tl.int32, False, 1)
+
+
+@triton.jit
+def _share(absmax):
+    """What a stored absmax stands for. Impure, so that it stays behind `_store_tables`."""
+    return tl.inline_asm_elementwise(SHARE, "=f,r", [absmax], tl.float32, False, 1)
+
+
+@triton.jit
+def _meet(first, second, thread, PARTS: tl.constexpr):
+    """The sums of 16 rows of each tile, by the warps that share its columns: of thread i that of row i of the program."""
+    arguments = [first, second, thread]
+    if PARTS == 1:
+        bits = tl.inline_asm_elementwise(MEET_1, "=&r,f,f,r", arguments, tl.int32, False, 1)
+    elif PARTS == 2:
+        bits = tl.inline_asm_elementwise(MEET_2, "=&r,f,f,r", arguments, tl.int32, False, 1)
+    elif PARTS == 4:
+        bits = tl.inline_asm_elementwise(MEET_4, "=&r,f,f,r", arguments, tl.int32, False, 1)
+    else:
+        bits = tl.inline_asm_elementwise(MEET_8, "=&r,f,f,r", arguments, tl.int32, False, 1)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -134,7 +183,7 @@ def _load_byte(ptr, index, valid):
 @triton.jit
 def _load_float(ptr, index):
     """An fp32, in the layout of `index`, as `_load_byte`."""
-    return tl.inline_asm_elementwise(LOAD_FLOAT, "=f,l", [ptr.to(tl.int64) + index.to(tl.int64) * 4], tl.float32, True, 1)
+    return tl.inline_asm_elementwise(LOAD_FLOAT, "=f,l", [ptr.to(tl.int64) + index.to(tl.int64) * 4], tl.float32, False, 1)
 
 
 @triton.jit
@@ -144,9 +193,16 @@ def _take_from(value, lane):
 
 
 @triton.jit
-def _multiply(first0, first1, second0, second1, x_ptr, index, valid, lane, BF16: tl.constexpr):
-    """A block's sums in the layout of the tensor cores: (row lane // 4 | that + 8) x (rows lane % 4 * 2 and that + 1 of x)."""
-    arguments = [first0, first1, second0, second1, x_ptr.to(tl.int64) + index * 2, valid.to(tl.int32), lane * 4]
+def _load_x(x_ptr, index, valid):
+    """x[index] to x[index + 15], two a word, as the tensor cores take them; zeros where not `valid`."""
+    return tl.inline_asm_elementwise(LOAD_X, OUT_EIGHT, [x_ptr.to(tl.int64) + index * 2, valid.to(tl.int32)], EIGHT_WORDS, False, 1)
+
+
+@triton.jit
+def _multiply(first0, first1, second0, second1, x, lane, BF16: tl.constexpr):
+    """A block's sums in the layout of the tensor cores: (row lane // 4 | that + 8) x (columns lane % 4 * 2 and that + 1), where
+    the column n of x is in the four lanes from 4 n on."""
+    arguments = [first0, first1, second0, second1, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], lane * 4]
     if BF16:
         return tl.inline_asm_elementwise(MULTIPLY_BF16, OUT_FOUR, arguments, FOUR_FLOATS, False, 1)
     else:
@@ -193,7 +249,6 @@ def _gemv_kernel(
     turn, `rounds` each, the last ones fewer."""
     TURNS: tl.constexpr = (BLOCKS + 4 * PARTS - 1) // (4 * PARTS)  # steps of a warp for a tile
     TILES: tl.constexpr = WARPS // PARTS  # of 16 rows
-    COLUMNS: tl.constexpr = 1 if ONE else 2  # of a lane's sums, that can be of x's rows
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     program, which = tl.program_id(0), 0
     programs = tl.cdiv(tl.cdiv(rows0, 16 * TILES), rounds)
@@ -210,10 +265,12 @@ def _gemv_kernel(
 
     thread = tl.arange(0, WARPS * 32)
     lane, part = thread % 32, thread // 32 % PARTS
+    column, place = lane // 4, lane % 4 * 16  # of x, that this lane holds; where in a block
+    x = _load_x(x_ptr, (part * 4 + column) * 64 + place, (column < 4) & (part * 4 + column < BLOCKS))
     soon = _load_step(codes_ptr, absmax_ptr, nested_ptr, 0, program, programs, rows, thread, BLOCKS, DOUBLE, WARPS, PARTS)
     later = _load_step(codes_ptr, absmax_ptr, nested_ptr, 1, program, programs, rows, thread, BLOCKS, DOUBLE, WARPS, PARTS)
-    _store_pairs(map_ptr, thread, BF16)
-    offset = tl.load(offset_ptr) if DOUBLE else 0.0
+    offset = _load_float(offset_ptr, thread * 0) if DOUBLE else 0.0
+    _store_tables(map_ptr, nested_map_ptr, thread, BF16, DOUBLE)
     position = 0
     for tile in range(program, tl.cdiv(rows, 16 * TILES), programs):
         sum00 = tl.zeros((WARPS * 32,), dtype=tl.float32)
@@ -224,27 +281,42 @@ def _gemv_kernel(
             later = _load_step(codes_ptr, absmax_ptr, nested_ptr, position + 2, program, programs, rows, thread, BLOCKS, DOUBLE, WARPS, PARTS)
             position += 1
             if DOUBLE:
-                scale0 = _load_float(nested_map_ptr, scale0) * nested0 + offset
-                scale1 = _load_float(nested_map_ptr, scale1) * nested1 + offset
-            block = (turn * PARTS + part) * 4
+                scale0 = _share(scale0) * nested0 + offset
+                scale1 = _share(scale1) * nested1 + offset
+            first = (turn * PARTS + part) * 4
+            if ONE:
+                now, ahead = x, tl.where(turn == TURNS - 1, part * 4, first + PARTS * 4) + column
+                x = _load_x(x_ptr, ahead * 64 + place, (column < 4) & (ahead < BLOCKS))
             for b in tl.static_range(4):
-                index = lane // 4 * (BLOCKS * 64) + (block + b) * 64 + lane % 4 * 16
-                valid = (lane // 4 < x_rows) & (block + b < BLOCKS)
-                product = _multiply(codes0[2 * b], codes0[2 * b + 1], codes1[2 * b], codes1[2 * b + 1], x_ptr, index, valid, lane, BF16)
-                block0, block1 = _take_from(scale0, (lane & 28) + b), _take_from(scale1, (lane & 28) + b)
-                sum00 += product[0] * block0
-                sum10 += product[2] * block1
-                if not ONE:
-                    sum01 += product[1] * block0
-                    sum11 += product[3] * block1
-        sums = tl.join(sum00, sum10)
-        if not ONE:
-            sums = tl.join(sums, tl.join(sum01, sum11))
-        y = tl.sum(tl.reshape(sums, (TILES, PARTS, 32, 2 * COLUMNS)), 1)
-        lanes, which_sum = tl.arange(0, 32)[None, :, None], tl.arange(0, 2 * COLUMNS)[None, None, :]
-        row = (tile * TILES + tl.arange(0, TILES)[:, None, None]) * 16 + lanes // 4 + which_sum // COLUMNS * 8
-        column = lanes % 4 * 2 + which_sum % COLUMNS
-        tl.store(y_ptr + column * y_stride + row, y.to(y_ptr.dtype.element_ty), mask=(column < x_rows) & (row < rows))
+                if ONE:  # column b has block b of the one row: of the block's sums that column is the right one
+                    mine, source = lane % 4 == b // 2, (lane & 28) + b
+                    share0 = tl.where(mine, _take_from(scale0, source), 0.0)
+                    share1 = tl.where(mine, _take_from(scale1, source), 0.0)
+                    product = _multiply(codes0[2 * b], codes0[2 * b + 1], codes1[2 * b], codes1[2 * b + 1], now, lane, BF16)
+                    sum00 += product[b % 2] * share0
+                    sum10 += product[2 + b % 2] * share1
+                else:
+                    valid = (column < x_rows) & (first + b < BLOCKS)
+                    now = _load_x(x_ptr, column * (BLOCKS * 64) + (first + b) * 64 + place, valid)
+                    share0, share1 = _take_from(scale0, (lane & 28) + b), _take_from(scale1, (lane & 28) + b)
+                    product = _multiply(codes0[2 * b], codes0[2 * b + 1], codes1[2 * b], codes1[2 * b + 1], now, lane, BF16)
+                    sum00 += product[0] * share0
+                    sum01 += product[1] * share0
+                    sum10 += product[2] * share1
+                    sum11 += product[3] * share1
+        if ONE:  # a lane has the blocks of two columns: four lanes have all
+            sum00 += _take_from(sum00, lane ^ 1)
+            sum10 += _take_from(sum10, lane ^ 1)
+            y = _meet(sum00 + _take_from(sum00, lane ^ 2), sum10 + _take_from(sum10, lane ^ 2), thread, PARTS)
+            row = tile * (16 * TILES) + thread
+            tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), mask=(thread < 16 * TILES) & (row < rows))
+        else:
+            sums = tl.join(tl.join(sum00, sum10), tl.join(sum01, sum11))
+            y = tl.sum(tl.reshape(sums, (TILES, PARTS, 32, 4)), 1)  # [tile, lane, half and column]
+            lanes, which_sum = tl.arange(0, 32)[None, :, None], tl.arange(0, 4)[None, None, :]
+            row = (tile * TILES + tl.arange(0, TILES)[:, None, None]) * 16 + lanes // 4 + which_sum // 2 * 8
+            of_x = lanes % 4 * 2 + which_sum % 2
+            tl.store(y_ptr + of_x * y_stride + row, y.to(y_ptr.dtype.element_ty), mask=(of_x < x_rows) & (row < rows))
 
 
 def takes(x: torch.Tensor, packed: list[dict[str, torch.Tensor]]) -> bool:

@@ -38,7 +38,7 @@ def cases(half, multiplies):
             yield matmul_nf4._dot_kernel, (x, *weight, f32, 17, 4096, 7168, 1792), tile, 4, 2
     if multiplies:  # 8.0 and later, as `gemv_nf4.capable`
         for dtype, double, one, parts, sizes in itertools.product(
-            (torch.float16, torch.bfloat16), (True, False), (True, False), (1, 2, 8), ((4096,), (4096, 1024, 1024))
+            (torch.float16, torch.bfloat16), (True, False), (True, False), (1, 2, 4, 8), ((4096,), (4096, 1024, 1024))
         ):
             weight = (u8, u8 if double else f32, f32, f32, f32, f32)
             arguments = (t(dtype), t(dtype), 8, 6144, 7, *sizes, *[0] * (3 - len(sizes)), *weight * 3)

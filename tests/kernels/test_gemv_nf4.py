@@ -46,21 +46,24 @@ def _product(a, b):
 @pytest.fixture
 def told(anywhere, monkeypatch):
     """Each line of PTX as the interpreter can run it. A load that is passed by gives what would show if it were used."""
-    levels = []
+    levels, shares = [], []
 
-    def store(map_ptr, thread, BF16):
+    def store(map_ptr, nested_map_ptr, thread, BF16, DOUBLE):
         levels.append(tl.load(map_ptr + tl.arange(0, 16)).to(tl.float16).to(tl.float32))
+        shares.append(nested_map_ptr)
 
     def codes(ptr, index, left):
         return tuple(_values(ptr, tl.where(left > i // 2, index // 4 + i // 2 * 8 + i % 2, 0), tl.int32) for i in range(8))
 
-    def multiply(first0, first1, second0, second1, x_ptr, index, valid, lane, BF16):
+    def load_x(ptr, index, valid):
+        return tuple(_values(ptr, tl.where(valid, index + i, 0), tl.float16).to(tl.float32) * valid for i in range(16))
+
+    def multiply(first0, first1, second0, second1, x, lane, BF16):
         sums = [tl.zeros(lane.shape, tl.float32)] * 4
         for i in range(16):
-            x = _values(x_ptr, tl.where(valid, index + i, 0), tl.float16).to(tl.float32) * valid
             for row, words in enumerate(((first0, first1), (second0, second1))):
                 code = (words[i // 8] >> (i % 8 // 2 * 8 + 4 - i % 2 * 4)) & 15
-                part = _product(tl.gather(levels[-1], code, 0), x)
+                part = _product(tl.gather(levels[-1], code, 0), x[i])
                 sums[2 * row], sums[2 * row + 1] = sums[2 * row] + part[0], sums[2 * row + 1] + part[1]
         return tuple(sums)
 
@@ -68,13 +71,22 @@ def told(anywhere, monkeypatch):
         warps = lane.shape[0] // 32
         return tl.reshape(tl.gather(tl.reshape(value, (warps, 32)), tl.reshape(lane, (warps, 32)), 1), lane.shape)
 
-    monkeypatch.setattr(gemv_nf4, "_store_pairs", store)
+    def meet(first, second, thread, PARTS):
+        warps = thread.shape[0] // 32
+        rows = tl.reshape(tl.permute(tl.join(first, second).reshape(warps, 8, 4, 2), (0, 3, 1, 2)), (warps // PARTS, PARTS, 16, 4))
+        whole = tl.sum(tl.where(tl.arange(0, 4)[None, None, None, :] == 0, rows, 0.0), 3)  # the others' copies are not read
+        return tl.gather(tl.reshape(tl.sum(whole, 1), (warps // PARTS * 16,)), thread % (warps // PARTS * 16), 0)
+
+    monkeypatch.setattr(gemv_nf4, "_store_tables", store)
+    monkeypatch.setattr(gemv_nf4, "_share", lambda absmax: tl.load(shares[-1] + absmax))
+    monkeypatch.setattr(gemv_nf4, "_meet", meet)
     monkeypatch.setattr(gemv_nf4, "_load_codes", codes)
     monkeypatch.setattr(
         gemv_nf4, "_load_byte", lambda ptr, index, valid: tl.where(valid, _values(ptr, index, tl.uint8).to(tl.int32), 0)
     )
     monkeypatch.setattr(gemv_nf4, "_load_float", lambda ptr, index: _values(ptr, index, tl.float32))
     monkeypatch.setattr(gemv_nf4, "_take_from", take_from)
+    monkeypatch.setattr(gemv_nf4, "_load_x", load_x)
     monkeypatch.setattr(gemv_nf4, "_multiply", multiply)
 
 
