@@ -10,10 +10,20 @@ rows of W and 8 of x; with one row of x seven eighths of it are idle, and it is 
 
 A warp takes 4 blocks of 64 at a time, of each of 16 rows the 128 bytes of one line of the cache; the warps of a program share
 out the columns of its rows. Within a block all products have one absmax, which multiplies their sum in fp32; a lane decodes
-those of one block and hands them to its three neighbours. The next codes are asked for before the present ones' work. As many
-programs as the registers hold stay on a multiprocessor and walk over the tiles. The order of a sum is fixed.
+those of one block and hands them to its three neighbours. One row of x is held as four columns, one a block: a block's sum is
+then the column of its number, and the other columns are not looked at. What a step needs is asked for two steps before, and
+the first of it before the tables, which then cost no waiting. As many programs as the registers hold stay on a
+multiprocessor and walk over the tiles. The order of a sum is fixed.
 
 Triton has no word for such a table or for the layout of an operand: hence the few lines of PTX. One element is one thread.
+
+As one graph, bf16, double quantization, on an H200: 4096 x 14336 in 17.0 us, 4096 x 4096 in 8.1, (4096, 1024, 1024) x 4096 in
+11.6, (14336, 14336) x 4096 in 32.2; 8 layers of Llama 8B (900 MB) in 545, 1652 GB/s. On an H100, before the loads were put ahead
+of the tables: 18.4, 8.7, 11.9, 33.5 and 573 us, and an 8B answers with 326 tokens/s. bitsandbytes takes 53 us for the first.
+y's error is 2.2e-3, where rounding W and y costs 2.4e-3. An H200 reads 1.4 times as fast as an H100 and gains little here, so
+memory is not the bound. By count it is the pipe that shared memory and loads go through: of about 170 cycles that a warp's step
+has there 64 are lookups and 64 loads of codes, 8 lines each. Rows of an operand that are 8 blocks of one row of W, and
+x's 8 blocks its columns, would make a load 2 lines; only the sums on the diagonal would count.
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ from lowvram_tuner.hardware.card import Card, process_bytes, read_card, why_no_c
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch):
-    """Each test starts with NVML not yet initialized and no card named by the environment."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def _fresh(monkeypatch, request):
+    """Each test starts with NVML not yet initialized and, unless it asks a real card, no card named by the environment."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     card_module._nvml.cache_clear()
     yield
     card_module._nvml.cache_clear()
