@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from lowvram_tuner.quant.spec import QuantError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lowvram_tuner.quant.spec import QuantSpec
 
 BLOCK = 128  # columns rounded before their errors reach the rest
@@ -143,15 +145,12 @@ def _round(w: torch.Tensor, upper: torch.Tensor, scales: torch.Tensor, zeros: to
     """One pass over the columns of w [out, in], each with its scale and zero. Returns (codes, columns as they were rounded)."""
     left, s, z = (t.t().contiguous() for t in (w, scales, zeros))  # [in, out]: a column is contiguous
     codes, seen = torch.empty_like(left), torch.empty_like(left)
+    round_columns, _ = _column_loops(w.device)
     for start in range(0, len(left), BLOCK):
         stop = min(start + BLOCK, len(left))
-        errors = torch.empty_like(left[start:stop])
-        for i in range(start, stop):
-            seen[i] = left[i]
-            codes[i] = _codes(left[i], s[i], z[i], bits)
-            errors[i - start] = (left[i] - (codes[i] - z[i]) * s[i]) / upper[i, i]
-            left[i + 1 : stop].addr_(upper[i, i + 1 : stop], errors[i - start], alpha=-1)
-        left[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+        part = slice(start, stop)
+        codes[part], seen[part], errors = round_columns(left[part], s[part], z[part], upper[part, part], bits)
+        left[stop:].addmm_(upper[part, stop:].t(), errors, alpha=-1)
     return codes.t(), seen.t()
 
 
@@ -162,18 +161,48 @@ def _revisit(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torc
     """
     w, s, z, q = (t.t().contiguous() for t in (w, scales, zeros, codes))  # [in, out]
     d = w - (q - z) * s
+    _, revisit_columns = _column_loops(w.device)
     for _ in range(REVISITS):
         slope = h @ d
         for start in range(0, len(w), BLOCK):
             stop = min(start + BLOCK, len(w))
-            before, inner = d[start:stop].clone(), slope[start:stop]
-            for i in range(start, stop):
-                q[i] = _codes(w[i] - d[i] + inner[i - start] / h[i, i], s[i], z[i], bits)
-                moved = w[i] - (q[i] - z[i]) * s[i] - d[i]
-                d[i] += moved
-                inner.addr_(h[start:stop, i], moved)
-            slope[stop:].addmm_(h[stop:, start:stop], d[start:stop] - before)
+            part = slice(start, stop)
+            before = d[part].clone()
+            revisit_columns(w[part], s[part], z[part], h[part, part], slope[part], q[part], d[part], bits)
+            slope[stop:].addmm_(h[stop:, part], d[part] - before)
     return q.t()
+
+
+def _column_loops(device: torch.device) -> tuple[Callable, Callable]:
+    """The loops over a block's columns: one launch each on a card, else the functions below."""
+    if device.type != "cuda":
+        return round_columns, revisit_columns
+    from kernels import optq_block
+
+    return optq_block.round_columns, optq_block.revisit_columns
+
+
+def round_columns(left: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, upper: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:
+    """As `kernels.optq_block.round_columns`."""
+    left, codes, seen, errors = left.clone(), torch.empty_like(left), torch.empty_like(left), torch.empty_like(left)
+    for i in range(len(left)):
+        seen[i] = left[i]
+        codes[i] = _codes(left[i], scale[i], zero[i], bits)
+        errors[i] = (left[i] - (codes[i] - zero[i]) * scale[i]) / upper[i, i]
+        left[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
+    return codes, seen, errors
+
+
+def revisit_columns(
+    w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, h: torch.Tensor, slope: torch.Tensor, codes: torch.Tensor, d: torch.Tensor, bits: int
+) -> None:
+    """As `kernels.optq_block.revisit_columns`."""
+    slope = slope.clone()
+    for i in range(len(w)):
+        codes[i] = _codes(w[i] - d[i] + slope[i] / h[i, i], scale[i], zero[i], bits)
+        moved = w[i] - (codes[i] - zero[i]) * scale[i] - d[i]
+        d[i] += moved
+        slope.addr_(h[i], moved)
 
 
 def _codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ def cases(half, fused):
     import torch
     from triton.runtime.jit import MockTensor
 
-    from kernels import dequant_grouped, dequant_int8, matmul_grouped, matmul_int8
+    from kernels import dequant_grouped, dequant_int8, matmul_grouped, matmul_int8, optq_block
     from kernels.reference_grouped import FLAT, INDEX, MODULO, ROW
 
     def t(dtype):
@@ -44,6 +44,9 @@ def cases(half, fused):
     if fused:
         tile = {"X_ROWS": 32, "ROWS": matmul_int8.DOT_ROWS, "COLS": matmul_int8.DOT_COLS}
         yield matmul_int8._dot_kernel, (x, i8, f32, f32, 17, 4096, 14336, 14336), tile, 4, 3
+    block = {"COLUMNS": optq_block.MOST_COLUMNS, "OUTS": optq_block.OUTS}
+    for kernel in (optq_block._round_kernel, optq_block._revisit_kernel):
+        yield kernel, (*[f32] * 7, 4096, 100, 14336, 15.0), block, 4
 
 
 if __name__ == "__main__":
