@@ -15,12 +15,12 @@ from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.presets import load_presets
 from lowvram_tuner.quant.checkpoint import stored_spec
 from lowvram_tuner.quant.registry import methods, quant_format, resolve
-from lowvram_tuner.quant.spec import QuantError
+from lowvram_tuner.quant.spec import QuantError, QuantSpec
 from lowvram_tuner.ui import controls
 from lowvram_tuner.ui.data_panel import ENDINGS
 from lowvram_tuner.ui.desk import Desk
 from lowvram_tuner.ui.train_view import gauge_for
-from lowvram_tuner.ui.words import BITS_WORDS, MADE_ONCE, quality
+from lowvram_tuner.ui.words import BITS_WORDS, MADE_ONCE, OWN_FILES, quality
 
 KEPT_BY_PRESETS = ("dataset", "columns", "system_prompt", "train_on", "compare_prompts", "report_to")
 
@@ -147,8 +147,11 @@ class Form:
         return self.show(TrainConfig.from_dict({**config.to_dict(), **changes}))
 
 
-def bits_words(bits: Any, method: Any = "auto") -> str:
-    """What a bit width costs with a quantizer, and which widths there are not."""
+def bits_words(bits: Any, method: Any = "auto", model: Any = "") -> str:
+    """What a bit width costs with a quantizer, which widths there are not, and which ones a model's own files leave."""
+    stored = _stored(model)
+    if stored and bits != stored.bits:
+        return f'<p class="quiet warn">This model\'s files hold {stored.bits}-bit weights; choose {stored.bits}.</p>'
     missing = controls.missing_bits()
     if bits in missing:
         return f'<p class="quiet warn">{bits}-bit is not available in this version; choose another.</p>'
@@ -157,7 +160,8 @@ def bits_words(bits: Any, method: Any = "auto") -> str:
         return ""
     spec = resolve(bits, method if method in methods(bits) else "auto")
     once = MADE_ONCE if quant_format(spec).calibrated else ""
-    text = " ".join(t for t in (BITS_WORDS[bits], quality(spec.method, bits), once) if t)
+    costs = (OWN_FILES,) if stored else (quality(spec.method, bits), once)
+    text = " ".join(t for t in (BITS_WORDS[bits], *costs) if t)
     return f'<p class="quiet">{escape(text + rest)}</p>'
 
 
@@ -165,12 +169,17 @@ def _as_controls(values: dict[str, Any]) -> dict[str, Any]:
     return {k: controls.to_control(k, v) for k, v in values.items()}
 
 
+def _stored(model: Any) -> QuantSpec | None:
+    """How a model is held that is quantized already; None for others, a half-typed path, or what the gauge says more about."""
+    try:
+        return stored_spec(str(model))
+    except (QuantError, OSError):
+        return None
+
+
 def _stored_bits(model: Any) -> Any:
     """The bits of a model that is quantized already: there is nothing to choose."""
-    try:
-        stored = stored_spec(str(model))
-    except (QuantError, OSError):  # a half-typed path, or a folder that the gauge says more about
-        return gr.skip()
+    stored = _stored(model)
     return stored.bits if stored else gr.skip()
 
 

@@ -112,7 +112,7 @@ class TrainTab:
             "start": enabled,
             "stop": self._stop_label(run) if config is not None else "",
             "reason": _reason(reason),
-            "bits_words": bits_words(values.get("bits"), values.get("method")),
+            "bits_words": bits_words(values.get("bits"), values.get("method"), values.get("model")),
         }
         return said | data_said | self._run_part(run, state)
 

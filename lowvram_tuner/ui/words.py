@@ -19,6 +19,7 @@ PERPLEXITY = {
     ("gptq", 2): 121.3, ("quip", 4): 31.01, ("quip", 2): 68.49,
     ("hqq", 8): 29.33, ("hqq", 4): 36.49, ("hqq", 3): 202.1, ("hqq", 2): 301_648.0,
 }  # fmt: skip
+OWN_FILES = "That is how this model's files hold it."
 MADE_ONCE = "The first run quantizes the model on your data, which takes a while; later runs use the result."
 BUSY = ("preparing", "checking", "training", "saving")
 

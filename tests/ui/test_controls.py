@@ -87,6 +87,9 @@ def test_a_quantized_model_brings_its_bits(tmp_path):
     config = tmp_path / "config.json"
     config.write_text('{"quantization_config": {"quant_method": "gptq", "bits": 3, "group_size": 64}}', encoding="utf-8")
     assert _stored_bits(str(tmp_path)) == 3
+    own = bits_words(3, "auto", str(tmp_path))
+    assert "how this model&#x27;s files hold it" in own and "first run" not in own
+    assert "hold 3-bit weights; choose 3" in bits_words(4, "auto", str(tmp_path))
     config.write_text('{"quantization_config": {"quant_method": "other"}}', encoding="utf-8")
     assert _stored_bits(str(tmp_path)) == gr.skip()
 
