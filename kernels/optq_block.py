@@ -27,7 +27,7 @@ def _code(w, scale, zero, top):
 
 @triton.jit(do_not_specialize=["columns", "top"])
 def _round_kernel(
-    left_ptr, scale_ptr, zero_ptr, upper_ptr, codes_ptr, seen_ptr, errors_ptr, upper_stride, columns, outs, top,
+    left_ptr, scale_ptr, zero_ptr, upper_ptr, codes_ptr, seen_ptr, errors_ptr, columns, outs, top,
     COLUMNS: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
     out, column = tl.program_id(0) * OUTS + tl.arange(0, OUTS), tl.arange(0, COLUMNS)
@@ -36,10 +36,10 @@ def _round_kernel(
     for i in range(columns):
         at = i * outs + out
         scale, zero = tl.load(scale_ptr + at, mask=inside, other=1.0), tl.load(zero_ptr + at, mask=inside, other=0.0)
-        row = tl.load(upper_ptr + i * upper_stride + column, mask=(column > i) & (column < columns), other=0.0)
+        row = tl.load(upper_ptr + i * columns + column, mask=(column > i) & (column < columns), other=0.0)
         w = tl.sum(tl.where(column[:, None] == i, left, 0.0), 0)
         code = _code(w, scale, zero, top)
-        error = tl.div_rn(w - (code - zero) * scale, tl.load(upper_ptr + i * upper_stride + i))
+        error = tl.div_rn(w - (code - zero) * scale, tl.load(upper_ptr + i * columns + i))
         tl.store(seen_ptr + at, w, mask=inside)
         tl.store(codes_ptr + at, code, mask=inside)
         tl.store(errors_ptr + at, error, mask=inside)
@@ -48,7 +48,7 @@ def _round_kernel(
 
 @triton.jit(do_not_specialize=["columns", "top"])
 def _revisit_kernel(
-    w_ptr, scale_ptr, zero_ptr, h_ptr, slope_ptr, codes_ptr, d_ptr, h_stride, columns, outs, top,
+    w_ptr, scale_ptr, zero_ptr, h_ptr, slope_ptr, codes_ptr, d_ptr, columns, outs, top,
     COLUMNS: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
     out, column = tl.program_id(0) * OUTS + tl.arange(0, OUTS), tl.arange(0, COLUMNS)
@@ -58,9 +58,9 @@ def _revisit_kernel(
         at = i * outs + out
         scale, zero = tl.load(scale_ptr + at, mask=inside, other=1.0), tl.load(zero_ptr + at, mask=inside, other=0.0)
         w, d = tl.load(w_ptr + at, mask=inside, other=0.0), tl.load(d_ptr + at, mask=inside, other=0.0)
-        row = tl.load(h_ptr + i * h_stride + column, mask=column < columns, other=0.0)  # H is symmetric
+        row = tl.load(h_ptr + i * columns + column, mask=column < columns, other=0.0)  # H is symmetric
         own = tl.sum(tl.where(column[:, None] == i, slope, 0.0), 0)
-        code = _code(w - d + tl.div_rn(own, tl.load(h_ptr + i * h_stride + i)), scale, zero, top)
+        code = _code(w - d + tl.div_rn(own, tl.load(h_ptr + i * columns + i)), scale, zero, top)
         left = w - (code - zero) * scale
         tl.store(codes_ptr + at, code, mask=inside)
         tl.store(d_ptr + at, left, mask=inside)
@@ -70,11 +70,12 @@ def _revisit_kernel(
 def round_columns(left: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, upper: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:
     """Rounds a block's columns one after the other. left, scale, zero: fp32 [columns, out], contiguous; upper: the block's part of
     U, [columns, columns]. Returns (codes, columns as they were rounded, errors), each [columns, out] in fp32."""
+    upper = upper.contiguous()  # a factorization's result may lie by columns
     _check(left, scale, zero, upper)
     codes, seen, errors = (torch.empty_like(left) for _ in range(3))
     columns, outs = left.shape
     _round_kernel[(triton.cdiv(outs, OUTS),)](
-        left, scale, zero, upper, codes, seen, errors, upper.stride(0), columns, outs, float(2**bits - 1),
+        left, scale, zero, upper, codes, seen, errors, columns, outs, float(2**bits - 1),
         COLUMNS=MOST_COLUMNS, OUTS=OUTS, num_warps=4,
     )  # fmt: skip
     return codes, seen, errors
@@ -85,18 +86,19 @@ def revisit_columns(
 ) -> None:
     """Sets each column's codes to the best ones given all others, one column after the other. All but h fp32 [columns, out],
     contiguous; h: the block's part of H, [columns, columns]; slope: (H D) of the block. Changes `codes` and `d`, which is W - Q."""
+    h = h.contiguous()
     _check(w, scale, zero, h, slope, codes, d)
     columns, outs = w.shape
     _revisit_kernel[(triton.cdiv(outs, OUTS),)](
-        w, scale, zero, h, slope, codes, d, h.stride(0), columns, outs, float(2**bits - 1), COLUMNS=MOST_COLUMNS, OUTS=OUTS, num_warps=4
+        w, scale, zero, h, slope, codes, d, columns, outs, float(2**bits - 1), COLUMNS=MOST_COLUMNS, OUTS=OUTS, num_warps=4
     )  # fmt: skip
 
 
 def _check(first: torch.Tensor, *rest: torch.Tensor) -> None:
     columns = first.shape[0]
     for tensor in (first, *rest):
-        square = tensor.shape == (columns, columns) and tensor.stride(1) == 1
-        if tensor.dtype != torch.float32 or not (square or (tensor.shape == first.shape and tensor.is_contiguous())) or columns > MOST_COLUMNS:
+        fits = tensor.shape in (first.shape, (columns, columns)) and tensor.is_contiguous()
+        if tensor.dtype != torch.float32 or not fits or columns > MOST_COLUMNS:
             raise ValueError(
                 f"a block is up to {MOST_COLUMNS} columns [columns, out] in fp32, contiguous, with [columns, columns] of a factor; "
                 f"got {list(first.shape)} and {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}."

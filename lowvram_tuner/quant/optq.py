@@ -18,6 +18,9 @@ Measured on linears of a 135M model in groups of 64, the error left: with scales
 
 from __future__ import annotations
 
+import logging
+import sys
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lowvram_tuner.quant.spec import QuantSpec
+
+log = logging.getLogger(__name__)
 
 BLOCK = 128  # columns rounded before their errors reach the rest
 DAMPING = 0.01  # of H's mean diagonal
@@ -174,12 +179,34 @@ def _revisit(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torc
 
 
 def _column_loops(device: torch.device) -> tuple[Callable, Callable]:
-    """The loops over a block's columns: one launch each on a card, else the functions below."""
-    if device.type != "cuda":
+    """The loops over a block's columns: one launch each on a card that does them right, else the functions below."""
+    if device.type != "cuda" or not _right_on(device):
         return round_columns, revisit_columns
     from kernels import optq_block
 
     return optq_block.round_columns, optq_block.revisit_columns
+
+
+@lru_cache(maxsize=8)
+def _right_on(device: torch.device) -> bool:
+    """Whether the launches find the codes of the loops on this card, tried once on a small block."""
+    from kernels import optq_block
+
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(24, 8, generator=generator), torch.randn(96, 24, generator=generator)
+    scale, zero, h = torch.full_like(w, 0.3), torch.full_like(w, 8.0), x.t() @ x / len(x) + torch.eye(24)
+    upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    found = []
+    for module, where in ((sys.modules[__name__], "cpu"), (optq_block, device)):
+        a, b, c, factor, hessian = (t.to(where) for t in (w, scale, zero, upper, h))
+        codes = module.round_columns(a, b, c, factor, 4)[0]
+        d = a - (codes - c) * b
+        module.revisit_columns(a, b, c, hessian, hessian @ d, codes, d, 4)
+        found.append(codes.cpu())
+    right = float((found[0] != found[1]).float().mean()) <= 0.02  # the border of two codes
+    if not right:
+        log.warning("the fast rounding of columns is wrong on this card (%s); the slower one is used.", device)
+    return right
 
 
 def round_columns(left: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, upper: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:

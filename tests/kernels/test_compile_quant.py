@@ -46,7 +46,7 @@ def cases(half, fused):
         yield matmul_int8._dot_kernel, (x, i8, f32, f32, 17, 4096, 14336, 14336), tile, 4, 3
     block = {"COLUMNS": optq_block.MOST_COLUMNS, "OUTS": optq_block.OUTS}
     for kernel in (optq_block._round_kernel, optq_block._revisit_kernel):
-        yield kernel, (*[f32] * 7, 4096, 100, 14336, 15.0), block, 4
+        yield kernel, (*[f32] * 7, 100, 14336, 15.0), block, 4
 
 
 if __name__ == "__main__":

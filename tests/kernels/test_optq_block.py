@@ -44,7 +44,7 @@ def test_rounding(columns, outs, bits, device):
     w, scale, zero, h, upper = problem(columns, outs, bits)
     wide = torch.zeros(columns, columns + 9)  # a part of a larger factor
     wide[:, 4 : 4 + columns] = upper
-    part = wide.to(device)[:, 4 : 4 + columns]
+    part = wide.t().contiguous().t().to(device)[:, 4 : 4 + columns]  # by columns, as a factorization leaves it
     codes, seen, errors = optq_block.round_columns(w.to(device), scale.to(device), zero.to(device), part, bits)
     wanted, seen_wanted, errors_wanted = optq.round_columns(w, scale, zero, upper, bits)
     assert same_codes(codes, wanted) and codes.min() >= 0 and codes.max() <= 2**bits - 1
@@ -73,19 +73,33 @@ def test_revisiting(columns, outs, bits, device):
     assert ours == pytest.approx(reference, rel=1e-3) and (ours < before or columns == 1)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("bits, act", [(4, False), (3, True), (2, False)])
-def test_a_whole_weight_on_a_card(bits, act):
-    """Several blocks, the last one short: as good a weight as the CPU's."""
+@pytest.mark.parametrize("device", WAYS)
+@pytest.mark.parametrize("bits, act", [(4, False), (3, True)])
+def test_a_whole_weight(bits, act, device, monkeypatch):
+    """Several blocks, the last one short: as good a weight as by the loops."""
     generator = torch.Generator().manual_seed(2)
-    w = torch.randn(96, 576, generator=generator)
-    x = torch.randn(2048, 576, generator=generator) @ torch.randn(576, 576, generator=generator)
+    w, x = torch.randn(40, 320, generator=generator), torch.randn(1024, 320, generator=generator) @ torch.randn(320, 320, generator=generator)
     h = x.t() @ x / len(x)
     errors = []
-    for where in ("cpu", "cuda"):
+    for loops, where in ((optq, "cpu"), (optq_block, device)):
+        monkeypatch.setattr(optq, "_column_loops", lambda _, loops=loops: (loops.round_columns, loops.revisit_columns))
         codes, scales, zeros, g_idx = (t.cpu() for t in optq.solve(w.to(where), h.to(where), resolve(bits, "gptq", desc_act=act), 64))
         errors.append(objective(w.t(), codes.float().t(), scales[:, g_idx].t(), zeros[:, g_idx].t(), h))
     assert errors[1] == pytest.approx(errors[0], rel=0.01)
+
+
+@interpreted
+def test_a_card_that_rounds_wrongly_gets_the_loops(monkeypatch, caplog):
+    tried = optq._right_on.__wrapped__
+    assert tried(torch.device("cpu")) and not caplog.text
+    monkeypatch.setattr(optq_block, "round_columns", lambda left, *rest: (left.round(),))
+    monkeypatch.setattr(optq_block, "revisit_columns", lambda *rest: None)
+    assert not tried(torch.device("cpu")) and "is wrong on this card" in caplog.text
+
+
+@pytest.mark.gpu
+def test_this_card_rounds_rightly():
+    assert optq._right_on(torch.device("cuda"))
 
 
 def test_what_is_no_block_is_refused():
