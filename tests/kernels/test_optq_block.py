@@ -80,6 +80,7 @@ def test_a_whole_weight(bits, act, device, monkeypatch):
     generator = torch.Generator().manual_seed(2)
     w, x = torch.randn(40, 320, generator=generator), torch.randn(1024, 320, generator=generator) @ torch.randn(320, 320, generator=generator)
     h = x.t() @ x / len(x)
+    monkeypatch.setattr(optq, "REVISITS", 1)
     errors = []
     for loops, where in ((optq, "cpu"), (optq_block, device)):
         monkeypatch.setattr(optq, "_column_loops", lambda _, loops=loops: (loops.round_columns, loops.revisit_columns))
