@@ -19,6 +19,18 @@ MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: an fp32 that far up has no digit
 
 
 @triton.jit
+def _block(ptr, column, out, columns, outs):
+    """[COLUMNS, OUTS] of a block, 0 outside."""
+    return tl.load(ptr + column[:, None] * outs + out[None, :], mask=(column < columns)[:, None] & (out < outs)[None, :], other=0.0)
+
+
+@triton.jit
+def _column(block, column, i):
+    """Column i of a block held in registers."""
+    return tl.sum(tl.where(column[:, None] == i, block, 0.0), 0)
+
+
+@triton.jit
 def _code(w, scale, zero, top):
     """The nearest code of w, within 0 .. top."""
     value = tl.minimum(tl.maximum(tl.div_rn(w, scale) + zero, 0.0), top)
@@ -32,12 +44,12 @@ def _round_kernel(
 ):  # fmt: skip
     out, column = tl.program_id(0) * OUTS + tl.arange(0, OUTS), tl.arange(0, COLUMNS)
     inside = out < outs
-    left = tl.load(left_ptr + column[:, None] * outs + out[None, :], mask=(column < columns)[:, None] & inside[None, :], other=0.0)
+    left = _block(left_ptr, column, out, columns, outs)
     for i in range(columns):
         at = i * outs + out
         scale, zero = tl.load(scale_ptr + at, mask=inside, other=1.0), tl.load(zero_ptr + at, mask=inside, other=0.0)
         row = tl.load(upper_ptr + i * columns + column, mask=(column > i) & (column < columns), other=0.0)
-        w = tl.sum(tl.where(column[:, None] == i, left, 0.0), 0)
+        w = _column(left, column, i)
         code = _code(w, scale, zero, top)
         error = tl.div_rn(w - (code - zero) * scale, tl.load(upper_ptr + i * columns + i))
         tl.store(seen_ptr + at, w, mask=inside)
@@ -53,13 +65,13 @@ def _revisit_kernel(
 ):  # fmt: skip
     out, column = tl.program_id(0) * OUTS + tl.arange(0, OUTS), tl.arange(0, COLUMNS)
     inside = out < outs
-    slope = tl.load(slope_ptr + column[:, None] * outs + out[None, :], mask=(column < columns)[:, None] & inside[None, :], other=0.0)
+    slope = _block(slope_ptr, column, out, columns, outs)
     for i in range(columns):
         at = i * outs + out
         scale, zero = tl.load(scale_ptr + at, mask=inside, other=1.0), tl.load(zero_ptr + at, mask=inside, other=0.0)
         w, d = tl.load(w_ptr + at, mask=inside, other=0.0), tl.load(d_ptr + at, mask=inside, other=0.0)
         row = tl.load(h_ptr + i * columns + column, mask=column < columns, other=0.0)  # H is symmetric
-        own = tl.sum(tl.where(column[:, None] == i, slope, 0.0), 0)
+        own = _column(slope, column, i)
         code = _code(w - d + tl.div_rn(own, tl.load(h_ptr + i * columns + i)), scale, zero, top)
         left = w - (code - zero) * scale
         tl.store(codes_ptr + at, code, mask=inside)
