@@ -80,10 +80,11 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
     Bits that nobody asked for are those of a model that is quantized already.
     """
     args.changes = changes_of(args)
-    stored = None if {"bits", "method"} & args.changes.keys() else stored_spec(str(args.changes.get("model", "")))
-    if stored and "bits" in args.command.options:
+    config = TrainConfig.from_dict(args.changes)
+    if "bits" in args.command.options and not {"bits", "method"} & args.changes.keys() and (stored := stored_spec(config.model)):
         args.changes["bits"] = stored.bits
-    return TrainConfig.from_dict(args.changes)
+        config = dataclasses.replace(config, bits=stored.bits)
+    return config
 
 
 def _add_options(parser: argparse.ArgumentParser, command: Command) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 BITS = (2, 3, 4, 8, 16)
@@ -117,6 +118,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        for name in ("model", "output_dir"):
+            _check_path(name, getattr(self, name))
         if self.bits == 16 and self.method not in ("auto", "none"):
             raise ConfigError(f"method={self.method!r} cannot keep bits=16; use method 'auto' or fewer bits.")
 
@@ -142,6 +145,16 @@ class TrainConfig:
 def options() -> dict[str, dataclasses.Field]:
     """Every option's field by name, for pages and command lines."""
     return {f.name: f for f in dataclasses.fields(TrainConfig)}
+
+
+def _check_path(name: str, text: str) -> None:
+    """ConfigError for what no folder of this computer can be called; a name that is not there may still be a hub id."""
+    try:
+        Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, an unknown home
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        shown = repr(text) if len(text) <= 60 else f"{text[:60]!r}…"
+        raise ConfigError(f"{name}={shown} cannot be looked up here: {reason.rstrip('.')}; give another.") from None
 
 
 def _checked(f: dataclasses.Field, value: Any) -> Any:

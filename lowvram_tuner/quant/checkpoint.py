@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lowvram_tuner.config import DEMO_MODEL
 from lowvram_tuner.quant.spec import QuantError, QuantSpec
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def open_checkpoint(folder: Path) -> Reader | None:
 def stored_spec(model: str) -> QuantSpec | None:
     """How a local folder holds its weights if it is quantized already; None for every other model. QuantError as above."""
     folder = Path(model).expanduser()
-    reader = open_checkpoint(folder) if folder.is_dir() else None
+    named = model not in ("", DEMO_MODEL)  # "" would be the folder where the program was started
+    reader = open_checkpoint(folder) if named and folder.is_dir() else None
     return reader.spec if reader else None
 
 

@@ -173,7 +173,7 @@ def _stored(model: Any) -> QuantSpec | None:
     """How a model is held that is quantized already; None for others, a half-typed path, or what the gauge says more about."""
     try:
         return stored_spec(str(model))
-    except (QuantError, OSError):
+    except (QuantError, OSError, RuntimeError):  # an unknown home is a RuntimeError
         return None
 
 
