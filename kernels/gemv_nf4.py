@@ -9,21 +9,20 @@ whose order is free: a lane's four registers are four neighbouring bytes of two 
 rows of W and 8 of x; with one row of x seven eighths of it are idle, and it is still cheaper than 32 multiplications.
 
 A warp takes 4 blocks of 64 at a time, of each of 16 rows the 128 bytes of one line of the cache; the warps of a program share
-out the columns of its rows. Within a block all products have one absmax, which multiplies their sum in fp32; a lane decodes
-those of one block and hands them to its three neighbours. One row of x is held as four columns, one a block: a block's sum is
-then the column of its number, and the other columns are not looked at. What a step needs is asked for two steps before, and
-the first of it before the tables, which then cost no waiting. As many programs as the registers hold stay on a
-multiprocessor and walk over the tiles. The order of a sum is fixed.
+out the columns of its rows. All products of a block have one absmax, which multiplies their sum in fp32; a lane decodes those
+of one block and hands them to its neighbours. One row of x is held as columns, one a block, with zeros where a lane has
+another block's codes: sums of different blocks are then different columns of one product, and a lane loads 16 bytes of codes at
+a time, half the lines that it takes to give all lanes the same block. Several rows of x need the columns, and get 8 bytes.
+What a step needs is asked for two steps before, and the first of it before the tables, which then cost no waiting. As many
+programs as the registers hold stay on a multiprocessor and walk over the tiles. The order of a sum is fixed.
 
 Triton has no word for such a table or for the layout of an operand: hence the few lines of PTX. One element is one thread.
 
-As one graph, bf16, double quantization, on an H200: 4096 x 14336 in 17.0 us, 4096 x 4096 in 8.1, (4096, 1024, 1024) x 4096 in
-11.6, (14336, 14336) x 4096 in 32.2; 8 layers of Llama 8B (900 MB) in 545, 1652 GB/s. On an H100, before the loads were put ahead
-of the tables: 18.4, 8.7, 11.9, 33.5 and 573 us, and an 8B answers with 326 tokens/s. bitsandbytes takes 53 us for the first.
-y's error is 2.2e-3, where rounding W and y costs 2.4e-3. An H200 reads 1.4 times as fast as an H100 and gains little here, so
-memory is not the bound. By count it is the pipe that shared memory and loads go through: of about 170 cycles that a warp's step
-has there 64 are lookups and 64 loads of codes, 8 lines each. Rows of an operand that are 8 blocks of one row of W, and
-x's 8 blocks its columns, would make a load 2 lines; only the sums on the diagonal would count.
+As one graph, bf16, double quantization, on an H100: 4096 x 14336 in 16.6 us, which is 61 % of what a copy moves, 4096 x 4096 in
+7.8, (4096, 1024, 1024) x 4096 in 10.9, (14336, 14336) x 4096 in 29.2; 8 layers of Llama 8B (900 MB) in 508, 1773 GB/s; with 8
+bytes of codes a load 573. bitsandbytes takes 53 us for the first. y's error is 2.2e-3, where rounding W and y costs 2.4e-3.
+By count the bound is the pipe that shared memory and loads go through: of about 140 cycles that a warp's step has there 64 are
+lookups and 32 loads of codes.
 """
 
 from __future__ import annotations
@@ -59,6 +58,13 @@ LOAD_CODES = _lines(
     "{ .reg .pred p;",
     *(f"mov.b32 ${2 * b}, 0; mov.b32 ${2 * b + 1}, 0; setp.gt.s32 p, $9, {b};"
       f"@p ld.global.L1::no_allocate.v2.b32 {{${2 * b}, ${2 * b + 1}}}, [$8 + {32 * b}];" for b in range(STEP)),
+    "}",
+)  # fmt: skip
+# For one row of x: 32 bytes as 2 x 16, 64 apart, block 0 or 1 and then 2 or 3.
+LOAD_CODES_WIDE = _lines(
+    "{ .reg .pred p;",
+    *(f"mov.b32 ${4 * b}, 0; mov.b32 ${4 * b + 1}, 0; mov.b32 ${4 * b + 2}, 0; mov.b32 ${4 * b + 3}, 0; setp.gt.s32 p, $9, {2 * b};"
+      f"@p ld.global.L1::no_allocate.v4.b32 {{${4 * b}, ${4 * b + 1}, ${4 * b + 2}, ${4 * b + 3}}}, [$8 + {64 * b}];" for b in range(STEP // 2)),
     "}",
 )  # fmt: skip
 LOAD_BYTE = _lines("{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0;", "@p ld.global.u8 $0, [$1]; }")
@@ -180,8 +186,14 @@ def _meet(first, second, thread, PARTS: tl.constexpr):
 
 @triton.jit
 def _load_codes(codes_ptr, index, left):
-    """A lane's 8 words of 4 blocks of a row, `left` of which there are."""
+    """A lane's 8 words of 4 blocks of a row, two a block, `left` of which there are."""
     return tl.inline_asm_elementwise(LOAD_CODES, OUT_EIGHT, [codes_ptr.to(tl.int64) + index, left], EIGHT_WORDS, False, 1)
+
+
+@triton.jit
+def _load_codes_wide(codes_ptr, index, left):
+    """A lane's 8 words of 4 blocks of a row: four of block lane % 4 // 2, if `left` > 0, and four of that + 2, if `left` > 2."""
+    return tl.inline_asm_elementwise(LOAD_CODES_WIDE, OUT_EIGHT, [codes_ptr.to(tl.int64) + index, left], EIGHT_WORDS, False, 1)
 
 
 @triton.jit
@@ -220,19 +232,22 @@ def _multiply(first0, first1, second0, second1, x, lane, BF16: tl.constexpr):
 
 
 @triton.jit
-def _load_row(codes_ptr, absmax_ptr, nested_ptr, row, step, left, lane, BLOCKS: tl.constexpr, DOUBLE: tl.constexpr):
+def _load_row(codes_ptr, absmax_ptr, nested_ptr, row, step, left, lane, BLOCKS: tl.constexpr, DOUBLE: tl.constexpr, ONE: tl.constexpr):
     """Of a row: the lane's codes of 4 blocks, and of one of these the stored absmax and what it is a share of."""
     number, block = row.to(tl.int64) * BLOCKS + step * 4, lane % 4
     mine = tl.where(block < left, number + block, 0)
     absmax = _load_byte(absmax_ptr, mine, block < left) if DOUBLE else _load_float(absmax_ptr, mine)
     nested = _load_float(nested_ptr, mine >> 8) if DOUBLE else absmax
-    return _load_codes(codes_ptr, number * 32 + block * 8, left), absmax, nested
+    if ONE:
+        return _load_codes_wide(codes_ptr, number * 32 + block * 16, left - block // 2), absmax, nested
+    else:
+        return _load_codes(codes_ptr, number * 32 + block * 8, left), absmax, nested
 
 
 @triton.jit
 def _load_step(
     codes_ptr, absmax_ptr, nested_ptr, position, program, programs, rows, thread,
-    BLOCKS: tl.constexpr, DOUBLE: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCKS: tl.constexpr, DOUBLE: tl.constexpr, ONE: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """What a program reads at a position: both rows of every lane. Positions are the turns of its tiles, one after the other."""
     TURNS: tl.constexpr = (BLOCKS + 4 * PARTS - 1) // (4 * PARTS)
@@ -242,8 +257,8 @@ def _load_step(
     left = tl.where(tile * TILE < rows, BLOCKS - step * 4, 0)
     row = tile * TILE + warp // PARTS * 16 + lane // 4
     row0, row1 = tl.minimum(row, rows - 1), tl.minimum(row + 8, rows - 1)
-    codes0, absmax0, nested0 = _load_row(codes_ptr, absmax_ptr, nested_ptr, row0, step, left, lane, BLOCKS, DOUBLE)
-    codes1, absmax1, nested1 = _load_row(codes_ptr, absmax_ptr, nested_ptr, row1, step, left, lane, BLOCKS, DOUBLE)
+    codes0, absmax0, nested0 = _load_row(codes_ptr, absmax_ptr, nested_ptr, row0, step, left, lane, BLOCKS, DOUBLE, ONE)
+    codes1, absmax1, nested1 = _load_row(codes_ptr, absmax_ptr, nested_ptr, row1, step, left, lane, BLOCKS, DOUBLE, ONE)
     return codes0, absmax0, nested0, codes1, absmax1, nested1
 
 
@@ -275,10 +290,13 @@ def _gemv_kernel(
 
     thread = tl.arange(0, WARPS * 32)
     lane, part = thread % 32, thread // 32 % PARTS
-    column, place = lane // 4, lane % 4 * 16  # of x, that this lane holds; where in a block
-    x = _load_x(x_ptr, (part * 4 + column) * 64 + place, (column < 4) & (part * 4 + column < BLOCKS))
-    soon = _load_step(codes_ptr, absmax_ptr, nested_ptr, 0, program, programs, rows, thread, BLOCKS, DOUBLE, WARPS, PARTS)
-    later = _load_step(codes_ptr, absmax_ptr, nested_ptr, 1, program, programs, rows, thread, BLOCKS, DOUBLE, WARPS, PARTS)
+    column = lane // 4  # of x, that this lane holds
+    if ONE:  # which is a block: the lane has the half of it that it has of the codes, in the first or the second load of these
+        mine, place, source = (column < 4) & (column % 2 == lane % 4 // 2), lane % 2 * 32, (lane & 28) + lane % 2 * 2
+        x0 = _load_x(x_ptr, (part * 4 + column) * 64 + place, mine & (part * 4 + column < BLOCKS))
+        x1 = _load_x(x_ptr, (part * 4 + column) * 64 + place + 16, mine & (part * 4 + column < BLOCKS))
+    soon = _load_step(codes_ptr, absmax_ptr, nested_ptr, 0, program, programs, rows, thread, BLOCKS, DOUBLE, ONE, WARPS, PARTS)
+    later = _load_step(codes_ptr, absmax_ptr, nested_ptr, 1, program, programs, rows, thread, BLOCKS, DOUBLE, ONE, WARPS, PARTS)
     offset = _load_float(offset_ptr, thread * 0) if DOUBLE else 0.0
     _store_tables(map_ptr, nested_map_ptr, thread, BF16, DOUBLE)
     position = 0
@@ -288,36 +306,34 @@ def _gemv_kernel(
         for turn in range(TURNS):
             codes0, scale0, nested0, codes1, scale1, nested1 = soon
             soon = later
-            later = _load_step(codes_ptr, absmax_ptr, nested_ptr, position + 2, program, programs, rows, thread, BLOCKS, DOUBLE, WARPS, PARTS)
+            later = _load_step(codes_ptr, absmax_ptr, nested_ptr, position + 2, program, programs, rows, thread, BLOCKS, DOUBLE, ONE, WARPS, PARTS)
             position += 1
             if DOUBLE:
                 scale0 = _share(scale0) * nested0 + offset
                 scale1 = _share(scale1) * nested1 + offset
             first = (turn * PARTS + part) * 4
-            if ONE:
-                now, ahead = x, tl.where(turn == TURNS - 1, part * 4, first + PARTS * 4) + column
-                x = _load_x(x_ptr, ahead * 64 + place, (column < 4) & (ahead < BLOCKS))
-            for b in tl.static_range(4):
-                if ONE:  # column b has block b of the one row: of the block's sums that column is the right one
-                    mine, source = lane % 4 == b // 2, (lane & 28) + b
-                    share0 = tl.where(mine, _take_from(scale0, source), 0.0)
-                    share1 = tl.where(mine, _take_from(scale1, source), 0.0)
-                    product = _multiply(codes0[2 * b], codes0[2 * b + 1], codes1[2 * b], codes1[2 * b + 1], now, lane, BF16)
-                    sum00 += product[b % 2] * share0
-                    sum10 += product[2 + b % 2] * share1
-                else:
+            if ONE:  # a lane's two columns of the sums are blocks 0 and 1 of the first load, in the next lane 2 and 3 of the second
+                now0, now1, ahead = x0, x1, tl.where(turn == TURNS - 1, part * 4, first + PARTS * 4) + column
+                x0 = _load_x(x_ptr, ahead * 64 + place, mine & (ahead < BLOCKS))
+                x1 = _load_x(x_ptr, ahead * 64 + place + 16, mine & (ahead < BLOCKS))
+                a, b = codes0, codes1
+                upper = _multiply(a[0], a[1], b[0], b[1], now0, lane, BF16), _multiply(a[2], a[3], b[2], b[3], now1, lane, BF16)
+                lower = _multiply(a[4], a[5], b[4], b[5], now0, lane, BF16), _multiply(a[6], a[7], b[6], b[7], now1, lane, BF16)
+                for i in tl.static_range(2):
+                    sum00 += tl.where(lane % 2 == 0, upper[0][i] + upper[1][i], lower[0][i] + lower[1][i]) * _take_from(scale0, source + i)
+                    sum10 += tl.where(lane % 2 == 0, upper[0][2 + i] + upper[1][2 + i], lower[0][2 + i] + lower[1][2 + i]) * _take_from(scale1, source + i)
+            else:
+                for b in tl.static_range(4):
                     valid = (column < x_rows) & (first + b < BLOCKS)
-                    now = _load_x(x_ptr, column * (BLOCKS * 64) + (first + b) * 64 + place, valid)
+                    now = _load_x(x_ptr, column * (BLOCKS * 64) + (first + b) * 64 + lane % 4 * 16, valid)
                     share0, share1 = _take_from(scale0, (lane & 28) + b), _take_from(scale1, (lane & 28) + b)
                     product = _multiply(codes0[2 * b], codes0[2 * b + 1], codes1[2 * b], codes1[2 * b + 1], now, lane, BF16)
                     sum00 += product[0] * share0
                     sum01 += product[1] * share0
                     sum10 += product[2] * share1
                     sum11 += product[3] * share1
-        if ONE:  # a lane has the blocks of two columns: four lanes have all
-            sum00 += _take_from(sum00, lane ^ 1)
-            sum10 += _take_from(sum10, lane ^ 1)
-            y = _meet(sum00 + _take_from(sum00, lane ^ 2), sum10 + _take_from(sum10, lane ^ 2), thread, PARTS)
+        if ONE:
+            y = _meet(sum00 + _take_from(sum00, lane ^ 1), sum10 + _take_from(sum10, lane ^ 1), thread, PARTS)
             row = tile * (16 * TILES) + thread
             tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), mask=(thread < 16 * TILES) & (row < rows))
         else:

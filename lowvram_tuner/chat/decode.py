@@ -23,6 +23,7 @@ from lowvram_tuner.chat.cache import ROOM, Cache
 from lowvram_tuner.chat.layers import Attend, Layer, Place, normed
 from lowvram_tuner.chat.sampling import Sampling
 from lowvram_tuner.lora.adapter import LoraQuantLinear
+from lowvram_tuner.memory.allocator import abandon_capture
 from lowvram_tuner.quant.linear import QuantLinear
 from lowvram_tuner.train.fused_layer import supports
 
@@ -170,7 +171,7 @@ class _Graphs:
         """Drops all graphs: what they point at is about to move."""
         self.kept: dict[bool, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.seen: set[bool] = set()
-        self.pool = None
+        self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
 
     def run(self, key: bool, step: Any) -> torch.Tensor:
         """The step's result: eagerly the first time, so that its kernels are compiled, then as a graph."""
@@ -196,9 +197,10 @@ class _Graphs:
             log.warning("a token's step cannot be captured as a CUDA graph (%s); it runs eagerly.", str(error).splitlines()[0])
             self.enabled = False
             torch.cuda.synchronize()
+        else:
+            self.kept[key] = (graph, result)
             return
-        self.pool = self.pool or graph.pool()
-        self.kept[key] = (graph, result)
+        abandon_capture(graph, self.pool)
 
 
 class _Arrival:

@@ -1,4 +1,4 @@
-"""Holds PyTorch's allocator to a plan's budget."""
+"""Holds PyTorch's allocator to a plan's budget, and to what a failed capture should have given back."""
 
 from __future__ import annotations
 
@@ -31,3 +31,19 @@ def cap_allocator(device: torch.device, plan: Plan) -> None:
         total = torch.cuda.get_device_properties(device).total_memory
         share = (plan.budget.limit_bytes - plan.budget.context_bytes) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.01)), device)
+
+
+def abandon_capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """Gives back the memory of a capture into `pool` that failed.
+
+    PyTorch does so where a capture came to its end. One that CUDA invalidated, as running out of memory does, would keep what
+    it had taken for good: `CUDAGraph::capture_end` raises before it lets go of its pool (seen with torch 2.11 and in 2.13).
+    """
+    try:
+        graph.pool()
+    except RuntimeError:
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    graph.reset()
+    torch.cuda.empty_cache()

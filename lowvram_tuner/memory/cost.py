@@ -15,7 +15,9 @@ from lowvram_tuner.memory.estimate import Work, optimizer_bytes
 
 ROUNDING_BYTES = 48 * MB  # the allocator's: blocks of 512 bytes, segments of 2 to 20 MB
 # For GAPS bytes of activations and work one lies in gaps between blocks, which a graph's pool cannot close, up to MOST_GAPS in all.
-# On an H100, of both together: 22 and 31 MB at 8B 1x512, 57 at 14B 1x512, 83 at 8B 16x512, 187 with gate and up on the host.
+# Counted by giving a pass's blocks to a best-fit allocator as PyTorch's is: 130 MB at 8B 16x512 in 9.2 GB, 56 at 14B in 6. A layer
+# that took its output's memory last instead of first left 196 and 216. Few layers and many tokens can need more (233): then the
+# pass cannot be captured and runs eagerly, which gives free pages back, and costs least where the tokens are many.
 GAPS, MOST_GAPS = 24, 192 * MB
 HIDDEN = 0.9  # share of the arithmetic's time that transfers are planned to hide behind
 WORKSPACE_BYTES = 2 * 8519680  # cuBLAS's own, one for each stream that multiplies; `train.session` sets its size
@@ -172,20 +174,24 @@ class Cost:
         if not self.choice.gate_up_away:
             return 0
         forward, backward = self._arithmetic(all_, attention)
-        slabs, inputs = self._transfers(streamed, all_)
+        kept = Layers(streamed, all_, attention)
+        slabs, inputs = self._transfers(kept)
         out = (HIDDEN * forward - inputs) / self.gate_up_s
         if self.work.chunks(self.choice.mlp_chunk) == 1:  # one is out before the next one goes: whole layers lie between them
             out = (self.layers - all_) // max(1, math.ceil(self.layers / max(out, 1)))
         back = (HIDDEN * backward - slabs - inputs) / (self.gate_up_s + HIDDEN * self.gate_up_again_s)
-        room = (self.host_limit - self.host_bytes(streamed)) // self.work.gate_up_bytes(self.choice.mlp_chunk)
+        room = (self.host_limit - self.host_bytes(kept)) // self.work.gate_up_bytes(self.choice.mlp_chunk)
         return max(0, min((self.layers - all_) * self.work.chunks(self.choice.mlp_chunk), room, int(out), int(back)))
 
-    def host_bytes(self, streamed: int, gate_up: int = 0) -> int:
-        """Host memory that the plan needs: streamed slabs, checkpoints, gate and up, embeddings, optimizer state."""
+    def inputs_away(self, kept: Layers) -> int:
+        """How many layers' inputs wait on the host: those of layers that keep nothing else."""
+        return self.layers - kept.keep_all - kept.keep_attention if self.choice.inputs_on_host else 0
+
+    def host_bytes(self, kept: Layers) -> int:
+        """Host memory that the plan needs: streamed slabs, inputs, gate and up, embeddings, optimizer state."""
         work, choice = self.work, self.choice
-        total = streamed * self.packed_layer + gate_up * work.gate_up_bytes(choice.mlp_chunk)
-        if choice.inputs_on_host:
-            total += self.layers * work.saved_bytes("input")
+        total = kept.streamed * self.packed_layer + kept.gate_up * work.gate_up_bytes(choice.mlp_chunk)
+        total += self.inputs_away(kept) * work.saved_bytes("input")
         if choice.embeddings_on_host:
             total += work.embedding_bytes()
         if choice.optimizer_on_host:
@@ -211,7 +217,7 @@ class Cost:
         self.gate_up_again_s = gate_up * (2 * min(t, self.choice.mlp_chunk) / rates.flops + unpack)  # of one chunk
         self.gate_up_s = work.gate_up_bytes(self.choice.mlp_chunk) / rates.host_bytes
         self.slab_s = self.packed_layer / rates.host_bytes
-        self.input_s = work.saved_bytes("input") / rates.host_bytes if self.choice.inputs_on_host else 0.0
+        self.input_s = work.saved_bytes("input") / rates.host_bytes
         elementwise = self.layers * t * (12 * s.hidden_size + 6 * s.intermediate_size) * 2 * work.item / rates.copy_bytes
         table = s.vocab_size * s.hidden_size
         unpack_head = table * (2 + self.choice.head_bits / 8) / rates.copy_bytes if self.choice.head_bits < 16 else 0.0
@@ -227,14 +233,14 @@ class Cost:
         again = computing * self.again_s + (computing - attention) * self.attention_again_s
         return self.pass_s + chunks, self.pass_s + 2 * chunks + again
 
-    def _transfers(self, streamed: int, all_: int) -> tuple[float, float]:
+    def _transfers(self, kept: Layers) -> tuple[float, float]:
         """Seconds of the slabs' way in, in each direction of the pass, and of the inputs' way out or back."""
-        return streamed * self.slab_s, (self.layers - all_) * self.input_s
+        return kept.streamed * self.slab_s, self.inputs_away(kept) * self.input_s
 
     def seconds(self, kept: Layers) -> float:
         """Seconds of one optimizer step: forward and backward each the larger of its arithmetic and its transfers."""
         forward, backward = self._arithmetic(kept.keep_all, kept.keep_attention)
-        slabs, inputs = self._transfers(kept.streamed, kept.keep_all)
+        slabs, inputs = self._transfers(kept)
         travelling = inputs + kept.gate_up * self.gate_up_s
         forward = max(forward, slabs, travelling)  # slabs come in while activations go out
         backward = max(backward - kept.gate_up * self.gate_up_again_s, slabs + travelling)

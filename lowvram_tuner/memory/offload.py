@@ -30,6 +30,7 @@ class HostStore:
         self.host = [pinned_bytes(size).view(dtype).view(shape) for _ in range(units)]
         self.stream = torch.cuda.Stream(device) if cuda else None
         self.depth = depth
+        self.begun = False  # a copy, in this pass
         self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         self.coming: dict[int, tuple[torch.Tensor, torch.cuda.Event | None]] = {}
 
@@ -43,9 +44,7 @@ class HostStore:
             target.copy_(x)
             return
         self.settle(self.depth - 1)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            copy_in_pieces(target, x)
+        self._copy(target, x)
         self.leaving.append((x, self.stream.record_event()))
 
     def settle(self, left: int = 0) -> None:
@@ -62,10 +61,15 @@ class HostStore:
             self.coming[unit] = (host.clone(), None)
             return
         like = torch.empty(host.shape, dtype=host.dtype, device=self.stream.device)
+        self._copy(like, host)
+        self.coming[unit] = (like, self.stream.record_event())
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Starts a copy on the store's stream, behind all that the current stream was given."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            copy_in_pieces(like, host)
-        self.coming[unit] = (like, self.stream.record_event())
+            copy_in_pieces(target, source)
+        self.begun = True
 
     def get(self, unit: int, rows: int) -> torch.Tensor:
         """A unit's rows, once their copy is done."""
@@ -79,12 +83,15 @@ class HostStore:
         """Drops what is under way: a pass was broken off."""
         self.leaving.clear()
         self.coming.clear()
+        self.begun = False
 
     def leave(self) -> None:
-        """Joins the copies, so that a captured pass is complete."""
+        """Joins the copies, so that a captured pass is complete. A stream without any is no part of the capture, and waiting for
+        it would end that."""
         self.settle()
-        if self.stream is not None:
+        if self.begun:
             torch.cuda.current_stream().wait_stream(self.stream)
+        self.begun = False
 
 
 class GateUpAway:

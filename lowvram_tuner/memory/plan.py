@@ -179,13 +179,13 @@ def _plan(cost: Cost, kept: Layers, budget: Budget) -> Plan:
         fits=True,
         components=cost.components(kept),
         budget=budget,
-        host_bytes=cost.host_bytes(kept.streamed, kept.gate_up),
+        host_bytes=cost.host_bytes(kept),
         step_s=cost.seconds(kept),
         words=_words(cost, kept, budget),
         keep_all=kept.keep_all,
         keep_attention=kept.keep_attention,
         streamed=kept.streamed,
-        inputs_on_host=choice.inputs_on_host,
+        inputs_on_host=cost.inputs_away(kept) > 0,
         gate_up_on_host=kept.gate_up,
         embeddings_on_host=choice.embeddings_on_host,
         head_bits=choice.head_bits,
@@ -209,7 +209,7 @@ def _words(cost: Cost, kept: Layers, budget: Budget) -> tuple[str, ...]:
         words.append(f"output layer at {choice.head_bits} bits")
     if choice.optimizer_on_host:
         words.append("optimizer in RAM")
-    if choice.inputs_on_host or kept.gate_up:
+    if cost.inputs_away(kept) or kept.gate_up:
         words.append("some activations wait in RAM")
     recomputed = n - kept.keep_all
     words.append(f"activations recomputed in {recomputed} of {n} layers" if recomputed else "activations kept")

@@ -123,9 +123,9 @@ class LinearGroup:
                 base.format.dequantize(base.packed, w[start:stop])
         return w
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] to y [T, out]."""
-        y = x.new_empty(x.shape[0], self.out_features)
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, in] to y [T, out], which may be given."""
+        y = x.new_empty(x.shape[0], self.out_features) if y is None else y
         merged = self._merges(x)
         if merged or self._whole(x.dtype):
             torch.mm(x, self._dequantize(x.dtype, merged).t(), out=y)
@@ -194,10 +194,10 @@ class FusedLayer:
 
         away(chunk, gate_up): takes each chunk's gate and up [C, 2 I] elsewhere, so that they are not computed again.
         """
-        kept = Kept(x)
+        kept, x2 = Kept(x), torch.empty_like(x)  # what outlives the layer lies below what does not: see `cost.GAPS`
         qkv = self.qkv.forward(self._norm(self.norm1, x)[0])
         rotated, saved = self._attend(qkv, sequences)
-        x2 = self.o.forward(saved.out.flatten(1)).add_(x)
+        self.o.forward(saved.out.flatten(1), x2).add_(x)
         if keep in (ATTENTION, ALL):
             kept.x2, kept.attention = x2, saved
         if keep == ALL:

@@ -11,6 +11,7 @@ import logging
 
 import torch
 
+from lowvram_tuner.memory.allocator import abandon_capture
 from lowvram_tuner.train.step import Batch, FusedStep
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class CapturedStep:
         self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
         self.seen: set[tuple[int, ...]] = set()
         self.scale = torch.ones((), device=device)
-        self.pool = None
+        self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
 
     def accumulate(self, batch: Batch, scale: float) -> torch.Tensor:
         """Adds scale x the gradient of the summed loss. Returns the sum of losses; valid until the next call."""
@@ -60,9 +61,7 @@ class CapturedStep:
             torch.cuda.synchronize()
             self.step.forget()
         else:
-            self.pool = self.pool or graph.pool()
             self.graphs[key] = (graph, static, loss)
             return self._replay(key, batch)
-        del graph  # with the memory of its pool, which the error's traceback held until here
-        torch.cuda.empty_cache()
+        abandon_capture(graph, self.pool)  # here, since the error's traceback held the pass's tensors until now
         return self.step.accumulate(batch, self.scale)

@@ -69,7 +69,8 @@ class FusedStep:
         self.inputs = self.gate_up = None
         if plan.inputs_on_host and max_tokens:
             # Two may be on their way out, behind a large copy of gate and up: forward has room for what backward needs anyway.
-            self.inputs = HostStore(len(again), (max_tokens, config.hidden_size), loaded.dtype, loaded.device, depth=2)
+            away = sum(self.keep_level(i) == INPUT for i in again)  # the first layers
+            self.inputs = HostStore(away, (max_tokens, config.hidden_size), loaded.dtype, loaded.device, depth=2)
         if plan.gate_up_on_host and max_tokens:
             # Most memory is taken while the last layer, which keeps everything, and the loss are computed: no copy is under way then.
             last = len(self.layers) - 1

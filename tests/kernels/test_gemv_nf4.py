@@ -55,6 +55,9 @@ def told(anywhere, monkeypatch):
     def codes(ptr, index, left):
         return tuple(_values(ptr, tl.where(left > i // 2, index // 4 + i // 2 * 8 + i % 2, 0), tl.int32) for i in range(8))
 
+    def codes_wide(ptr, index, left):
+        return tuple(_values(ptr, tl.where(left > i // 4 * 2, index // 4 + i // 4 * 16 + i % 4, 0), tl.int32) for i in range(8))
+
     def load_x(ptr, index, valid):
         return tuple(_values(ptr, tl.where(valid, index + i, 0), tl.float16).to(tl.float32) * valid for i in range(16))
 
@@ -81,6 +84,7 @@ def told(anywhere, monkeypatch):
     monkeypatch.setattr(gemv_nf4, "_share", lambda absmax: tl.load(shares[-1] + absmax))
     monkeypatch.setattr(gemv_nf4, "_meet", meet)
     monkeypatch.setattr(gemv_nf4, "_load_codes", codes)
+    monkeypatch.setattr(gemv_nf4, "_load_codes_wide", codes_wide)
     monkeypatch.setattr(
         gemv_nf4, "_load_byte", lambda ptr, index, valid: tl.where(valid, _values(ptr, index, tl.uint8).to(tl.int32), 0)
     )

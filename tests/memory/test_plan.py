@@ -103,7 +103,9 @@ def test_what_is_given_up_comes_in_order():
             plan = plan_of(model, 1.0 + step / 4, bits=bits, micro_batch_size=4)
             if not plan.fits:
                 continue
-            order = [plan.optimizer_bits == 8, plan.inputs_on_host]
+            kept = plan.keep_all + plan.keep_attention
+            order = [plan.optimizer_bits == 8]
+            order += [plan.inputs_on_host] if kept < shape_of(model).num_hidden_layers else []  # else none is there to put away
             order += [] if tied else [plan.embeddings_on_host, plan.head_bits < 16, plan.head_bits < 8]
             order += [plan.optimizer_on_host, plan.streamed > 0]
             assert order == sorted(order, reverse=True), plan.to_dict()
@@ -288,3 +290,15 @@ def test_the_estimated_parts_are_the_engines(root):
     assert head <= plan.components["head"] < head + 4096
     state = make_state(adapter.parameters, plan.optimizer_bits)
     assert plan.components["optimizer"] == pytest.approx(sum(t.nbytes for t in state.values()), abs=4096)
+
+
+def test_inputs_wait_in_ram_only_where_a_layer_keeps_nothing_else():
+    """The page says what waits; and a stream that carries nothing must not be waited for while a step is captured."""
+    seen = set()
+    for step in range(200):
+        plan = plan_of("meta-llama/Llama-2-7b-chat-hf", 4 + step / 20, micro_batch_size=4)
+        kept = plan.keep_all + plan.keep_attention
+        assert not (plan.inputs_on_host and kept == 32), plan.to_dict()
+        assert ("some activations wait in RAM" in plan.words) == (plan.inputs_on_host or plan.gate_up_on_host > 0)
+        seen.add((plan.inputs_on_host, kept == 32, plan.embeddings_on_host))
+    assert (False, True, True) in seen  # later sacrifices are made, and nothing is left to put away

@@ -153,9 +153,32 @@ def test_any_family_equals_autograd(family, extra, bits):
 BIG = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "vocab_size": 3000}
 CARD_PLANS = {
     "everything kept": {"keep_all": 6}, "attention kept": {"keep_attention": 6},
+    "nothing left to put away": {"keep_all": 4, "keep_attention": 2, "inputs_on_host": True},
     "on the host": {"keep_all": 2, "keep_attention": 2, "inputs_on_host": True, "embeddings_on_host": True},
     "streamed": {"streamed": 4}, "all streamed": {"streamed": 6, "inputs_on_host": True, "optimizer_on_host": True},
 }  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_a_capture_that_runs_out_of_memory_keeps_none_of_it():
+    class Hungry:
+        def accumulate(self, batch, scale):
+            held = torch.ones(50 << 20, dtype=torch.uint8, device="cuda")
+            if torch.cuda.is_current_stream_capturing():
+                torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+            return held.sum()
+
+        def forget(self):
+            pass
+
+    captured, batch = CapturedStep(Hungry(), torch.device("cuda", 0)), batch_of(flat(), "cuda")
+    first = captured.accumulate(batch, 1.0)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    second = captured.accumulate(batch, 1.0)
+    assert not captured.enabled and not captured.graphs and torch.equal(first, second)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + (1 << 20)
 
 
 @pytest.mark.gpu
