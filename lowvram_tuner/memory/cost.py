@@ -152,16 +152,16 @@ class Cost:
 
     def kept_within(self, limit: int, streamed: int = 0) -> Layers | None:
         """As many stored activations as `limit` bytes hold: whole layers first, which save most time per byte, then
-        attention's output. None when not even a run that stores none fits."""
+        attention's output. None when not even a run that stores none fits, or when gate and up could go and none does: the same
+        without that choice is leaner."""
         if limit < self.least(streamed):
             return None
         room = self._without_gaps(limit - self.always - self._weights(streamed))
         spare = room - self.inputs_at_loss - max(self.loss, self.kept_work)
         all_ = min(self.layers, max(0, spare // self.extra_all))
-        if all_ == self.layers:
-            return Layers(streamed, all_)
-        attention = min(self.layers - all_, self._attention_within(all_, room))
-        return Layers(streamed, all_, attention, self._hidden(streamed, all_, attention))
+        attention = min(self.layers - all_, self._attention_within(all_, room)) if all_ < self.layers else 0
+        gate_up = self._hidden(streamed, all_, attention) if all_ < self.layers else 0
+        return None if self.choice.gate_up_away and not gate_up else Layers(streamed, all_, attention, gate_up)
 
     def _attention_within(self, all_: int, room: int) -> int:
         """How many layers' attention outputs fit `room` bytes at either moment."""
