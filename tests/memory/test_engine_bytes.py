@@ -195,7 +195,7 @@ def test_a_pass_takes_what_the_plan_says(case, weightless):
 
 
 def test_gaps_of_a_whole_model_stay_within_the_plan(weightless):
-    """A layer's output lies below its work; above it, it left holes of half a gigabyte here."""
-    plan, pool = one_pass("meta-llama/Llama-3.1-8B-Instruct", 32, 16, 512, 24)
+    """A layer's output lies below its work, which leaves gaps of 64 MB here; above it, it left 198."""
+    plan, pool = one_pass("meta-llama/Llama-3.1-8B-Instruct", 32, 16, 512, 23)
     room = plan.components["context"] - CONTEXT - cost.ROUNDING_BYTES
     assert plan.gate_up_on_host and pool.fullest - pool.peak <= room, plan.to_dict()
