@@ -120,6 +120,7 @@ class TrainConfig:
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
         for name in ("model", "output_dir"):
             _check_path(name, getattr(self, name))
+        object.__setattr__(self, "output_dir", str(Path(self.output_dir).expanduser()))  # a shell leaves --output-dir=~/x as it is
         if self.bits == 16 and self.method not in ("auto", "none"):
             raise ConfigError(f"method={self.method!r} cannot keep bits=16; use method 'auto' or fewer bits.")
 

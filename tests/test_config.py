@@ -85,6 +85,13 @@ def test_16_bits_exclude_a_quantizer():
         TrainConfig(bits=16, method="nf4")
 
 
+def test_a_runs_folder_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert TrainConfig(output_dir="~/runs").output_dir == str(tmp_path / "runs")
+    assert TrainConfig().output_dir == "runs"
+
+
 def test_a_config_cannot_be_changed_afterwards():
     with pytest.raises(AttributeError):
         TrainConfig().bits = 3

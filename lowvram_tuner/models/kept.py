@@ -52,7 +52,7 @@ def place(config: TrainConfig) -> Path | None:
         return None
     group = f"-g{spec.group_size}" if spec.method in GROUPED else ""
     name = f"{source.public_id.split('/')[-1]}-{spec.method}-{spec.bits}bit{group}-{_mark(source)}"
-    return Path(config.output_dir).expanduser().resolve() / "models" / name
+    return Path(config.output_dir).resolve() / "models" / name
 
 
 def _mark(source: Source) -> str:
