@@ -21,8 +21,8 @@ Triton has no word for such a table or for the layout of an operand: hence the f
 As one graph, bf16, double quantization, on an H100: 4096 x 14336 in 16.6 us, which is 61 % of what a copy moves, 4096 x 4096 in
 7.8, (4096, 1024, 1024) x 4096 in 10.9, (14336, 14336) x 4096 in 29.2; 8 layers of Llama 8B (900 MB) in 508, 1773 GB/s, where
 it was 573 with 8 bytes of codes a load, all asked for behind the tables. bitsandbytes takes 53 us for the first. y's error is
-2.2e-3, where rounding W and y costs 2.4e-3. By count the bound is the pipe that shared memory and loads go through: of about 140 cycles that a warp's step has there 64 are
-lookups and 32 loads of codes.
+2.2e-3, where rounding W and y costs 2.4e-3. By count the bound is the pipe that shared memory and loads go through: of about 140
+cycles that a warp's step has there 64 are lookups and 32 loads of codes.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -37,13 +38,14 @@ def abandon_capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
     """Gives back the memory of a capture into `pool` that failed.
 
     PyTorch does so where a capture came to its end. One that CUDA invalidated, as running out of memory does, would keep what
-    it had taken for good: `CUDAGraph::capture_end` raises before it lets go of its pool (seen with torch 2.11 and in 2.13).
+    it had taken for good: `CUDAGraph::capture_end` raises before it lets go of its pool (torch 2.11).
     """
     try:
         graph.pool()
     except RuntimeError:
         device = torch.cuda.current_device()
-        torch._C._cuda_endAllocateToPool(device, pool)
-        torch._C._cuda_releasePool(device, pool)
+        with suppress(RuntimeError):  # a PyTorch that lets go first has nothing left to end
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
     graph.reset()
     torch.cuda.empty_cache()
