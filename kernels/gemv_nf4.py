@@ -16,7 +16,7 @@ a time, half the lines that it takes to give all lanes the same block. Several r
 What a step needs is asked for two steps before, and the first of it before the tables, which then cost no waiting. As many
 programs as the registers hold stay on a multiprocessor and walk over the tiles. The order of a sum is fixed.
 
-Triton has no word for such a table or for the layout of an operand: hence the few lines of PTX. One element is one thread.
+Triton has no word for such a table or for the layout of an operand: hence the few lines of PTX, in `gemv_nf4_ptx.py`. One element is one thread.
 
 As one graph, bf16, double quantization, on an H100: 4096 x 14336 in 16.6 us, which is 61 % of what a copy moves, 4096 x 4096 in
 7.8, (4096, 1024, 1024) x 4096 in 10.9, (14336, 14336) x 4096 in 29.2; 8 layers of Llama 8B (900 MB) in 508, 1773 GB/s, where
@@ -35,6 +35,20 @@ import triton
 import triton.language as tl
 
 from kernels import reference_nf4
+from kernels.gemv_nf4_ptx import (
+    STEP,
+    WARPS,
+    _load_byte,
+    _load_codes,
+    _load_codes_wide,
+    _load_float,
+    _load_x,
+    _meet,
+    _multiply,
+    _share,
+    _store_tables,
+    _take_from,
+)
 from kernels.matmul_grouped import processors
 
 log = logging.getLogger(__name__)
@@ -43,106 +57,7 @@ _right: dict[torch.device, bool] = {}  # where the kernel was tried
 MOST_WEIGHTS = 3  # in one launch
 MOST_ROWS = 8  # of x
 TILE = 16  # rows of W of one product on the tensor cores
-STEP = 4  # blocks that a warp reads at a time
-WARPS = 8  # of a program
 RESIDENT = 2  # programs on a multiprocessor at a time: 128 registers a thread
-
-
-def _lines(*lines: str) -> tl.constexpr:
-    return tl.constexpr("\n".join(lines))
-
-
-# 4 x 8 bytes, 32 apart: a lane's share of 4 blocks of a row. Those from block $9 on are not there. Impure, as all loads of
-# codes and absmax: a pure load sinks to its use, behind the wait for the sum. L1 is left to x: codes are read once.
-LOAD_CODES = _lines(
-    "{ .reg .pred p;",
-    *(f"mov.b32 ${2 * b}, 0; mov.b32 ${2 * b + 1}, 0; setp.gt.s32 p, $9, {b};"
-      f"@p ld.global.L1::no_allocate.v2.b32 {{${2 * b}, ${2 * b + 1}}}, [$8 + {32 * b}];" for b in range(STEP)),
-    "}",
-)  # fmt: skip
-# For one row of x: 32 bytes as 2 x 16, 64 apart, block 0 or 1 and then 2 or 3.
-LOAD_CODES_WIDE = _lines(
-    "{ .reg .pred p;",
-    *(f"mov.b32 ${4 * b}, 0; mov.b32 ${4 * b + 1}, 0; mov.b32 ${4 * b + 2}, 0; mov.b32 ${4 * b + 3}, 0; setp.gt.s32 p, $9, {2 * b};"
-      f"@p ld.global.L1::no_allocate.v4.b32 {{${4 * b}, ${4 * b + 1}, ${4 * b + 2}, ${4 * b + 3}}}, [$8 + {64 * b}];" for b in range(STEP // 2)),
-    "}",
-)  # fmt: skip
-LOAD_BYTE = _lines("{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0;", "@p ld.global.u8 $0, [$1]; }")
-LOAD_FLOAT = tl.constexpr("ld.global.f32 $0, [$1];")
-TAKE_FROM = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
-
-
-def _store_tables_lines(half: str, double: bool) -> tl.constexpr:
-    """Thread $3 stores its share of the pairs of levels of map $1, where entry b has level b >> 4 in the lower half and b & 15
-    above, and value $3 of the map $2 of stored absmax. The first barrier keeps the loads of codes before it: the compiler would
-    have them wait for the maps."""
-    each = 16 // WARPS
-    shares = ["ld.global.nc.f32 level0, [h];", "mov.u32 v, nf4_shares; mad.lo.u32 v, $3, 4, v; st.shared.f32 [v], level0;"] if double else []
-    return _lines(
-        ".shared .align 128 .b32 nf4_pairs[8192];", f".shared .align 128 .f32 nf4_shares[{32 * WARPS}];",
-        f"{{ .reg .b32 a, v; .reg .b64 h; .reg .f32 low<16>, high<{each}>, level0; bar.sync 0; shr.u32 a, $3, 5;",
-        "mul.wide.u32 h, $3, 4; add.u64 h, h, $2;", *shares[:1],
-        *(f"ld.global.nc.v4.f32 {{low{k}, low{k + 1}, low{k + 2}, low{k + 3}}}, [$1 + {4 * k}];" for k in range(0, 16, 4)),
-        f"mul.wide.u32 h, a, {4 * each}; add.u64 h, h, $1;",
-        *(f"ld.global.nc.f32 high{i}, [h + {4 * i}];" for i in range(each)), *shares[1:],
-        f"and.b32 v, $3, 31; shl.b32 v, v, 2; mad.lo.u32 a, a, {each * 16 * 128}, v; mov.u32 v, nf4_pairs; add.u32 a, a, v;",
-        *(f"cvt.rn.{half}x2.f32 v, low{k}, high{i}; st.shared.b32 [a + {(16 * i + k) * 128}], v;" for i in range(each) for k in range(16)),
-        "bar.sync 0; mov.u32 $0, 0; }",
-    )  # fmt: skip
-
-
-STORE_F16, STORE_F16_DOUBLE = (_store_tables_lines("f16", double) for double in (False, True))
-STORE_BF16, STORE_BF16_DOUBLE = (_store_tables_lines("bf16", double) for double in (False, True))
-SHARE = tl.constexpr("{ .reg .b32 a; mov.u32 a, nf4_shares; mad.lo.u32 a, $1, 4, a; ld.shared.f32 $0, [a]; }")
-
-
-def _meet_lines(parts: int) -> tl.constexpr:
-    """The sums $1 and $2 of a warp's first and last 8 rows, in its lanes 0, 4, 8, .., added to those of the `parts` warps that
-    share its rows. $0: of thread i ($3), that of row i of the program; later threads get any value."""
-    return _lines(
-        f".shared .align 128 .f32 nf4_sums[{32 * WARPS}];",
-        "{ .reg .b32 a, b; .reg .pred p; .reg .f32 v, sum; mov.u32 b, nf4_sums; and.b32 a, $3, 3; setp.eq.u32 p, a, 0;",
-        "shr.u32 a, $3, 5; shl.b32 a, a, 6; and.b32 $0, $3, 28; add.u32 a, a, $0; add.u32 a, a, b;",
-        "@p st.shared.f32 [a], $1; @p st.shared.f32 [a + 32], $2; bar.sync 0;",
-        f"shr.u32 a, $3, 4; and.b32 a, a, {WARPS // parts - 1}; mad.lo.u32 b, a, {64 * parts}, b;",
-        "and.b32 a, $3, 15; mad.lo.u32 a, a, 4, b; ld.shared.f32 sum, [a];",
-        *(f"ld.shared.f32 v, [a + {64 * i}]; add.f32 sum, sum, v;" for i in range(1, parts)),
-        "bar.sync 0; mov.b32 $0, sum; }",
-    )
-
-
-MEET_1, MEET_2, MEET_4, MEET_8 = (_meet_lines(parts) for parts in (1, 2, 4, 8))
-
-
-# 16 values of x, 32 bytes, as 8 words; zeros where $9 is 0.
-LOAD_X = _lines(
-    "{ .reg .pred p; setp.ne.s32 p, $9, 0;", *(f"mov.b32 ${i}, 0;" for i in range(8)),
-    "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$8]; @p ld.global.nc.v4.b32 {$4, $5, $6, $7}, [$8 + 16]; }",
-)  # fmt: skip
-
-
-def _multiply_lines(half: str) -> tl.constexpr:
-    """$0..$3: the sums of a block, rows of W ($4, $5: a lane's codes of its first row, $6, $7: of its second) times columns of x
-    ($8..$15). $16: four times the lane. Byte 2i of a row is its operand 0 of product i, byte 2i + 1 its operand 2."""
-    names = [f"a{part}{byte}" for part in range(2) for byte in range(8)]
-    shifts = ["shl.b32 s, {w}, 7;", "shr.u32 s, {w}, 1;", "shr.u32 s, {w}, 9;", "shr.u32 s, {w}, 17;"]
-    look = (
-        f"{shifts[byte % 4].format(w=f'${4 + 2 * part + byte // 4}')} lop3.b32 s, s, 0x7f80, $16, 0xea; "
-        f"add.u32 s, s, table; ld.shared.b32 a{part}{byte}, [s];"
-        for part in range(2) for byte in range(8)
-    )  # fmt: skip
-    mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{half}.{half}.f32 {{c0, c1, c2, c3}},"
-    return _lines(
-        f"{{ .reg .b32 s, table, {', '.join(names)}; .reg .f32 c<4>; mov.u32 table, nf4_pairs;",
-        *(f"mov.f32 c{i}, 0f00000000;" for i in range(4)), *look,
-        *(f"{mma} {{a0{2 * i}, a1{2 * i}, a0{2 * i + 1}, a1{2 * i + 1}}}, {{${8 + 2 * i}, ${9 + 2 * i}}}, {{c0, c1, c2, c3}};" for i in range(4)),
-        *(f"mov.f32 ${i}, c{i};" for i in range(4)), "}",
-    )  # fmt: skip
-
-
-MULTIPLY_F16, MULTIPLY_BF16 = _multiply_lines("f16"), _multiply_lines("bf16")
-EIGHT_WORDS, FOUR_FLOATS = tl.constexpr((tl.int32,) * 8), tl.constexpr((tl.float32,) * 4)
-OUT_EIGHT, OUT_FOUR = tl.constexpr("=r," * 8 + "l,r"), tl.constexpr("=f," * 4 + "r" + ",r" * 12)
 
 
 @triton.jit
@@ -151,84 +66,6 @@ def choose(which, first, second, third, COUNT: tl.constexpr):
     if COUNT > 2:
         second = tl.where(which == 1, second, third)
     return first if COUNT == 1 else tl.where(which == 0, first, second)
-
-
-@triton.jit
-def _store_tables(map_ptr, nested_map_ptr, thread, BF16: tl.constexpr, DOUBLE: tl.constexpr):
-    """The pairs of levels and the values of a stored absmax to shared memory."""
-    arguments = [map_ptr.to(tl.int64) + thread * 0, nested_map_ptr.to(tl.int64) + thread * 0, thread]
-    if BF16:
-        tl.inline_asm_elementwise(STORE_BF16_DOUBLE if DOUBLE else STORE_BF16, "=r,l,l,r", arguments, tl.int32, False, 1)
-    else:
-        tl.inline_asm_elementwise(STORE_F16_DOUBLE if DOUBLE else STORE_F16, "=r,l,l,r", arguments, tl.int32, False, 1)
-
-
-@triton.jit
-def _share(absmax):
-    """What a stored absmax stands for. Impure, so that it stays behind `_store_tables`."""
-    return tl.inline_asm_elementwise(SHARE, "=f,r", [absmax], tl.float32, False, 1)
-
-
-@triton.jit
-def _meet(first, second, thread, PARTS: tl.constexpr):
-    """The sums of 16 rows of each tile, by the warps that share its columns: of thread i that of row i of the program."""
-    arguments = [first, second, thread]
-    if PARTS == 1:
-        bits = tl.inline_asm_elementwise(MEET_1, "=&r,f,f,r", arguments, tl.int32, False, 1)
-    elif PARTS == 2:
-        bits = tl.inline_asm_elementwise(MEET_2, "=&r,f,f,r", arguments, tl.int32, False, 1)
-    elif PARTS == 4:
-        bits = tl.inline_asm_elementwise(MEET_4, "=&r,f,f,r", arguments, tl.int32, False, 1)
-    else:
-        bits = tl.inline_asm_elementwise(MEET_8, "=&r,f,f,r", arguments, tl.int32, False, 1)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _load_codes(codes_ptr, index, left):
-    """A lane's 8 words of 4 blocks of a row, two a block, `left` of which there are."""
-    return tl.inline_asm_elementwise(LOAD_CODES, OUT_EIGHT, [codes_ptr.to(tl.int64) + index, left], EIGHT_WORDS, False, 1)
-
-
-@triton.jit
-def _load_codes_wide(codes_ptr, index, left):
-    """A lane's 8 words of 4 blocks of a row: four of block lane % 4 // 2, if `left` > 0, and four of that + 2, if `left` > 2."""
-    return tl.inline_asm_elementwise(LOAD_CODES_WIDE, OUT_EIGHT, [codes_ptr.to(tl.int64) + index, left], EIGHT_WORDS, False, 1)
-
-
-@triton.jit
-def _load_byte(ptr, index, valid):
-    """A byte, widened. `tl.load` would change the layout to a coalesced one and back, through shared memory."""
-    return tl.inline_asm_elementwise(LOAD_BYTE, "=r,l,r", [ptr.to(tl.int64) + index, valid.to(tl.int32)], tl.int32, False, 1)
-
-
-@triton.jit
-def _load_float(ptr, index):
-    """An fp32, in the layout of `index`, as `_load_byte`."""
-    return tl.inline_asm_elementwise(LOAD_FLOAT, "=f,l", [ptr.to(tl.int64) + index.to(tl.int64) * 4], tl.float32, False, 1)
-
-
-@triton.jit
-def _take_from(value, lane):
-    """The value that another lane of the warp has."""
-    return tl.inline_asm_elementwise(TAKE_FROM, "=f,f,r", [value, lane], tl.float32, False, 1)
-
-
-@triton.jit
-def _load_x(x_ptr, index, valid):
-    """x[index] to x[index + 15], two a word, as the tensor cores take them; zeros where not `valid`."""
-    return tl.inline_asm_elementwise(LOAD_X, OUT_EIGHT, [x_ptr.to(tl.int64) + index * 2, valid.to(tl.int32)], EIGHT_WORDS, False, 1)
-
-
-@triton.jit
-def _multiply(first0, first1, second0, second1, x, lane, BF16: tl.constexpr):
-    """A block's sums in the layout of the tensor cores: (row lane // 4 | that + 8) x (columns lane % 4 * 2 and that + 1), where
-    the column n of x is in the four lanes from 4 n on."""
-    arguments = [first0, first1, second0, second1, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], lane * 4]
-    if BF16:
-        return tl.inline_asm_elementwise(MULTIPLY_BF16, OUT_FOUR, arguments, FOUR_FLOATS, False, 1)
-    else:
-        return tl.inline_asm_elementwise(MULTIPLY_F16, OUT_FOUR, arguments, FOUR_FLOATS, False, 1)
 
 
 @triton.jit
