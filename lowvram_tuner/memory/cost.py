@@ -19,6 +19,7 @@ ROUNDING_BYTES = 48 * MB  # the allocator's: blocks of 512 bytes, segments of 2 
 # that took its output's memory last instead of first left 196 and 216. Few layers and many tokens can need more (233): then the
 # pass cannot be captured and runs eagerly, which gives free pages back, and costs least where the tokens are many.
 GAPS, MOST_GAPS = 24, 192 * MB
+MOST_TOGETHER = 16  # micro-batches in a layer's turn, of which each shape is a graph's
 HIDDEN = 0.9  # share of the arithmetic's time that transfers are planned to hide behind
 WORKSPACE_BYTES = 2 * 8519680  # cuBLAS's own, one for each stream that multiplies; `train.session` sets its size
 
@@ -35,6 +36,7 @@ class Choice:
     optimizer_bits: int = 32
     scratch_rows: float = 1.0  # share of the largest fused weight that the scratch holds
     mlp_chunk: int = 1 << 30
+    together: int = 1  # micro-batches that go through a layer before the next one: a streamed slab comes in once for all
     unpacked: bool = False  # CPU only
 
 
@@ -77,14 +79,16 @@ class Cost:
             "context": context + (ROUNDING_BYTES if work.item == 2 else 0),
         }
         self.always = sum(self.fixed.values())
-        hidden = work.saved_bytes("input")
+        hidden, passes = work.saved_bytes("input"), choice.together
         # Beside the layers' inputs backward has its gradient; of inputs on the host it has the one in use and the next one.
-        self.inputs_at_loss = (0 if choice.inputs_on_host else self.layers * hidden) + work.position_bytes()
+        others = (passes - 1) * hidden  # what the micro-batches that are not being worked on have come to
+        self.inputs_at_loss = passes * ((0 if choice.inputs_on_host else self.layers * hidden) + work.position_bytes()) + others
         in_backward = 2 * hidden if choice.inputs_on_host else hidden
         self.inputs = self.inputs_at_loss + in_backward
         # What a layer that keeps more takes beyond one that keeps its input; its input too, where others put theirs away.
         counted = 0 if choice.inputs_on_host else hidden
-        self.extra_all, self.extra_attention = work.saved_bytes("all") - counted, work.saved_bytes("attention") - counted
+        self.attention_of_one = work.saved_bytes("attention") - counted
+        self.extra_all, self.extra_attention = passes * (work.saved_bytes("all") - counted), passes * self.attention_of_one
         self.loss = work.loss_bytes(self.scratch if choice.head_bits < 16 else 0)
         self.kept_work = in_backward + work.kept_work_bytes()
         self.recompute_work = work.recompute_work_bytes(choice.mlp_chunk, choice.gate_up_away)
@@ -114,7 +118,7 @@ class Cost:
         at_loss = self.inputs_at_loss + kept.keep_all * self.extra_all + attention + self._loss_work(kept.keep_all)
         if kept.keep_all == self.layers:
             return at_loss, 0
-        others = max(0, kept.keep_attention - 1) * self.extra_attention
+        others = max(0, attention - self.attention_of_one)
         return at_loss, self.inputs + others + self.recompute_work
 
     def _gaps(self, moment: int) -> int:
@@ -166,7 +170,7 @@ class Cost:
     def _attention_within(self, all_: int, room: int) -> int:
         """How many layers' attention outputs fit `room` bytes at either moment."""
         at_loss = room - self.inputs_at_loss - self._loss_work(all_) - all_ * self.extra_all
-        recomputing = room - self.inputs - self.recompute_work + self.extra_attention
+        recomputing = room - self.inputs - self.recompute_work + self.attention_of_one
         return min(at_loss, recomputing) // self.extra_attention
 
     def _hidden(self, streamed: int, all_: int, attention: int) -> int:
@@ -191,7 +195,7 @@ class Cost:
         """Host memory that the plan needs: streamed slabs, inputs, gate and up, embeddings, optimizer state."""
         work, choice = self.work, self.choice
         total = kept.streamed * self.packed_layer + kept.gate_up * work.gate_up_bytes(choice.mlp_chunk)
-        total += self.inputs_away(kept) * work.saved_bytes("input")
+        total += self.inputs_away(kept) * choice.together * work.saved_bytes("input")
         if choice.embeddings_on_host:
             total += work.embedding_bytes()
         if choice.optimizer_on_host:
@@ -234,14 +238,22 @@ class Cost:
         return self.pass_s + chunks, self.pass_s + 2 * chunks + again
 
     def _transfers(self, kept: Layers) -> tuple[float, float]:
-        """Seconds of the slabs' way in, in each direction of the pass, and of the inputs' way out or back."""
-        return kept.streamed * self.slab_s, self.inputs_away(kept) * self.input_s
+        """Seconds of the slabs' way in, in each direction, for as many passes as go together, and of the inputs' way out or back."""
+        return kept.streamed * self.slab_s, self.choice.together * self.inputs_away(kept) * self.input_s
 
     def seconds(self, kept: Layers) -> float:
         """Seconds of one optimizer step: forward and backward each the larger of its arithmetic and its transfers."""
-        forward, backward = self._arithmetic(kept.keep_all, kept.keep_attention)
+        together = self.choice.together
+        forward, backward = (together * s for s in self._arithmetic(kept.keep_all, kept.keep_attention))
         slabs, inputs = self._transfers(kept)
         travelling = inputs + kept.gate_up * self.gate_up_s
         forward = max(forward, slabs, travelling)  # slabs come in while activations go out
         backward = max(backward - kept.gate_up * self.gate_up_again_s, slabs + travelling)
-        return self.accumulation * (forward + backward + self.rest_s) + self.optimizer_s
+        return self.accumulation * ((forward + backward) / together + self.rest_s) + self.optimizer_s
+
+    def hiding(self, streamed: int) -> int:
+        """How many micro-batches have to share the slabs' way in for forward's arithmetic to hide it: a divisor of the step's,
+        at most MOST_TOGETHER. Backward computes more."""
+        least = streamed * self.slab_s / self._arithmetic(0, 0)[0]
+        divisors = [n for n in range(1, min(self.accumulation, MOST_TOGETHER) + 1) if self.accumulation % n == 0]
+        return next((n for n in divisors if n >= least), divisors[-1])

@@ -8,6 +8,7 @@ host. What room is left then buys back stored activations, layer by layer. `cost
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +61,7 @@ class Plan:
     scratch_bytes: int = 0
     mlp_chunk: int = 1 << 30
     unpacked: bool = False  # CPU only: quantized weights are unpacked once, at load
+    together: int = 1  # micro-batches that go through a layer before the next one
     item: int = 2
 
     @property
@@ -73,7 +75,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The decisions, for logs and `--json`."""
         names = ("keep_all", "keep_attention", "streamed", "inputs_on_host", "gate_up_on_host", "embeddings_on_host", "head_bits",
-                 "optimizer_on_host", "optimizer_bits", "scratch_bytes", "mlp_chunk")  # fmt: skip
+                 "optimizer_on_host", "optimizer_bits", "scratch_bytes", "mlp_chunk", "together")  # fmt: skip
         return {n: getattr(self, n) for n in names} | {"words": list(self.words)}
 
 
@@ -98,16 +100,26 @@ def _leanest(config: TrainConfig, shape: ModelShape, budget: Budget, rates: Rate
 def _tiers(config: TrainConfig, shape: ModelShape, budget: Budget, rates: Rates) -> list[Tier]:
     """The choices in tiers, the leanest first: all layers streamed, one less, ..., none; then the head at more bits.
 
-    Layers are streamed only from the leanest choices: with the head at the fewest bits and the optimizer on the host.
+    Layers are streamed only from the leanest choices: with the head at the fewest bits and the optimizer on the host. Each is
+    also tried with as many micro-batches to a layer's turn as hide the slabs' way in.
     """
     work = _work(config, shape, budget)
     choices = _sacrifices(work, budget)
-    costs = [Cost(work, c, budget, rates, config.gradient_accumulation_steps) for c in choices]
+
+    def costs_of(choices: Iterable[Choice]) -> list[Cost]:
+        return [Cost(work, c, budget, rates, config.gradient_accumulation_steps) for c in choices]
+
+    costs = costs_of(choices)
     tiers: list[Tier] = []
     if budget.kind == "vram":
         least = choices[-1].head_bits
         lean = [c for c in costs if c.choice.head_bits == least and c.choice.optimizer_on_host]
-        tiers = [(lean, streamed) for streamed in range(work.shape.num_hidden_layers, FEWEST_STREAMED - 1, -1)]
+        shared = {1: lean}
+        for streamed in range(work.shape.num_hidden_layers, FEWEST_STREAMED - 1, -1):
+            together = lean[-1].hiding(streamed)
+            if together not in shared:
+                shared[together] = costs_of(replace(c.choice, together=together) for c in lean if not c.choice.gate_up_away) + lean
+            tiers.append((shared[together], streamed))
     for bits in sorted({c.head_bits for c in choices}):
         tiers.append(([c for c in costs if c.choice.head_bits == bits], 0))
     return tiers
@@ -193,6 +205,7 @@ def _plan(cost: Cost, kept: Layers, budget: Budget) -> Plan:
         optimizer_bits=choice.optimizer_bits,
         scratch_bytes=cost.scratch,
         mlp_chunk=choice.mlp_chunk,
+        together=choice.together,
         unpacked=choice.unpacked,
         item=cost.work.item,
     )
@@ -203,6 +216,8 @@ def _words(cost: Cost, kept: Layers, budget: Budget) -> tuple[str, ...]:
     words = [f"{spec.bits}-bit {spec.method}" if spec.method != "none" else "16-bit, not quantized"]
     if kept.streamed:
         words.append(f"{n - kept.streamed} of {n} layers stay on the GPU, {kept.streamed} stream from RAM")
+        if choice.together > 1:
+            words.append(f"{choice.together} passes share each transfer")
     if choice.embeddings_on_host:
         words.append("word table in RAM")
     if choice.head_bits < 16:

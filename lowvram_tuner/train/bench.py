@@ -36,7 +36,8 @@ WARM_UP = 3  # the first pass runs eagerly, the second is captured
 def bench(
     config: TrainConfig, steps: int = 10, random_weights: bool = False, captured: bool = True, profiled: bool = True
 ) -> dict[str, Any]:
-    """Trains `steps` micro-batches of random tokens at full length, every position a target. Returns `bench`'s JSON keys.
+    """Trains `steps` micro-batches of random tokens at full length, every position a target; where several go through a layer
+    together, as many times so many, and each counts its share. Returns `bench`'s JSON keys.
 
     process_gb: what the driver counts for the card since the start; context_gb: its share beyond the allocator's, CUDA's own.
     Without `profiled` the keys about kernels are zero, which saves seconds.
@@ -64,19 +65,19 @@ def bench(
     times, losses, process = [], [], 0
     vocabulary = min(shape_of(config.model).vocab_size, 30000)
     for index in range(steps + WARM_UP):
-        batch = _random_batch(config, vocabulary, index, device)
+        batches = [_random_batch(config, vocabulary, index * plan.together + i, device) for i in range(plan.together)]
         _synchronize(device)
         begin = time.perf_counter()
-        loss = step.accumulate(batch, optimizer.loss_scale / tokens)
+        loss = step.accumulate(batches, optimizer.loss_scale / (tokens * plan.together))
         optimizer.step(config.learning_rate)
         _synchronize(device)
-        times.append(time.perf_counter() - begin)
-        losses.append(float(loss) / batch.labels.ge(0).sum().item())
+        times.append((time.perf_counter() - begin) / plan.together)
+        losses.append(float(loss) / sum(b.labels.ge(0).sum().item() for b in batches))
         process = max(process, _used_bytes() - used_before)
     step_s = statistics.median(times[WARM_UP:])
     measured = profiled and device.type == "cuda"
-    recorded = profile.record(lambda: (step.accumulate(batch, 1.0 / tokens), optimizer.step(0.0))) if measured else []
-    kernels = profile.summary(recorded, step_s * 1e3)
+    recorded = profile.record(lambda: (step.accumulate(batches, 1.0 / tokens), optimizer.step(0.0))) if measured else []
+    kernels = profile.summary(recorded, step_s * plan.together * 1e3)
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
     return {
         "peak_allocated_gb": _peak(device) / GB,

@@ -8,6 +8,7 @@ graphs share one memory pool, since only one runs at a time.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -15,6 +16,7 @@ from lowvram_tuner.memory.allocator import abandon_capture
 from lowvram_tuner.train.step import Batch, FusedStep
 
 log = logging.getLogger(__name__)
+Shapes = tuple[tuple[int, ...], ...]  # of the micro-batches of a pass
 
 
 class CapturedStep:
@@ -23,32 +25,34 @@ class CapturedStep:
     def __init__(self, step: FusedStep, device: torch.device, limit: int = 24) -> None:
         self.step, self.limit = step, limit
         self.enabled = device.type == "cuda"
-        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
-        self.seen: set[tuple[int, ...]] = set()
+        self.graphs: dict[Shapes, tuple[torch.cuda.CUDAGraph, list[Batch], torch.Tensor]] = {}
+        self.seen: set[Shapes] = set()
         self.scale = torch.ones((), device=device)
         self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
 
-    def accumulate(self, batch: Batch, scale: float) -> torch.Tensor:
+    def accumulate(self, batches: Batch | Sequence[Batch], scale: float) -> torch.Tensor:
         """Adds scale x the gradient of the summed loss. Returns the sum of losses; valid until the next call."""
         self.scale.fill_(scale)
-        key = (*(t.numel() for t in batch.tensors()), batch.max_len)
+        batches = [batches] if isinstance(batches, Batch) else batches
+        key = tuple((*(t.numel() for t in batch.tensors()), batch.max_len) for batch in batches)
         if key in self.graphs:
-            return self._replay(key, batch)
+            return self._replay(key, batches)
         if not self.enabled or key not in self.seen or len(self.graphs) >= self.limit:
             self.seen.add(key)
-            return self.step.accumulate(batch, self.scale)
-        return self._capture(key, batch)
+            return self.step.accumulate(batches, self.scale)
+        return self._capture(key, batches)
 
-    def _replay(self, key: tuple[int, ...], batch: Batch) -> torch.Tensor:
+    def _replay(self, key: Shapes, batches: Sequence[Batch]) -> torch.Tensor:
         graph, static, loss = self.graphs[key]
-        for target, source in zip(static.tensors(), batch.tensors()):
-            target.copy_(source)
+        for its, given in zip(static, batches):
+            for target, source in zip(its.tensors(), given.tensors()):
+                target.copy_(source)
         graph.replay()
         return loss
 
-    def _capture(self, key: tuple[int, ...], batch: Batch) -> torch.Tensor:
+    def _capture(self, key: Shapes, batches: Sequence[Batch]) -> torch.Tensor:
         """Capturing records the pass without running it, so it is replayed right after."""
-        static = Batch(*[t.clone() for t in batch.tensors()], max_len=batch.max_len)
+        static = [Batch(*[t.clone() for t in batch.tensors()], max_len=batch.max_len) for batch in batches]
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the eager pass's blocks would otherwise stand beside the graph's pool
@@ -62,6 +66,6 @@ class CapturedStep:
             self.step.forget()
         else:
             self.graphs[key] = (graph, static, loss)
-            return self._replay(key, batch)
+            return self._replay(key, batches)
         abandon_capture(graph, self.pool)  # here, since the error's traceback held the pass's tensors until now
-        return self.step.accumulate(batch, self.scale)
+        return self.step.accumulate(batches, self.scale)

@@ -6,6 +6,8 @@ positions only (`loss.py`), so that no logits exist. Slower than the fused path,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lowvram_tuner.lora.adapter import Adapter
@@ -24,8 +26,11 @@ class TransformersStep:
         self.head = Head(loaded.head, self.inner.embed_tokens.weight, loaded.scratch, cap)
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": True})
 
-    def accumulate(self, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+    def accumulate(self, batches: Batch | Sequence[Batch], scale: torch.Tensor) -> torch.Tensor:
         """Adds scale x the gradient of the summed loss to the adapter's gradients. Returns the sum of losses."""
+        return sum(self._pass(batch, scale) for batch in ([batches] if isinstance(batches, Batch) else batches))
+
+    def _pass(self, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
         self.loaded.model.train()
         with torch.enable_grad():
             rows = self._rows(batch, requires_grad=True)

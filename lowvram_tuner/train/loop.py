@@ -148,8 +148,9 @@ class _Run:
         optimizer = self.session.optimizer
         targets = sum(b.counted for b in group)
         total = torch.zeros((), device=self.session.device)
-        for batch in group:
-            total += self.session.step.accumulate(batch, optimizer.loss_scale / targets)
+        together = self.session.plan.together
+        for begin in range(0, len(group), together):
+            total += self.session.step.accumulate(group[begin : begin + together], optimizer.loss_scale / targets)
         norm = optimizer.step(learning_rate(self.config, self.progress.step, self.total))
         return norm, total, targets
 
@@ -278,7 +279,7 @@ class _Run:
         self.reporter.planned(self.total, self.session.plan.process_bytes)
 
     def _worst_case(self) -> float:
-        """Seconds of one pass of the longest examples."""
+        """Seconds of one pass of the longest examples, as many going through the layers together as will."""
         config = self.pass_config
         begin = time.perf_counter()
         lengths = [len(self.prepared.train[i].input_ids) for i in range(min(len(self.prepared.train), 512))]
@@ -287,11 +288,12 @@ class _Run:
         full = config.micro_batch_size * config.max_seq_length
         flat = collate(self.prepared.train, rows, config.max_seq_length, full if self.session.device.type == "cuda" else 1)
         batch = to_batch(flat, self.session.device, config.max_seq_length)
-        _inner(self.session.step).accumulate(batch, torch.zeros((), device=self.session.device))
+        together = self.session.plan.together
+        _inner(self.session.step).accumulate([batch] * together, torch.zeros((), device=self.session.device))
         self.session.adapter.gradients.zero_()
         if self.session.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begin
+        return (time.perf_counter() - begin) / together
 
     def _surviving(self, work: Callable[[], T]) -> T:
         """`work()`; when the card runs out of memory in it, again under leaner plans until it passes."""

@@ -6,6 +6,7 @@ computes, its input wait in host memory, and the whole pass be captured as one C
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +71,7 @@ class FusedStep:
         if plan.inputs_on_host and max_tokens:
             # Two may be on their way out, behind a large copy of gate and up: forward has room for what backward needs anyway.
             away = sum(self.keep_level(i) == INPUT for i in again)  # the first layers
-            self.inputs = HostStore(away, (max_tokens, config.hidden_size), loaded.dtype, loaded.device, depth=2)
+            self.inputs = HostStore(away * plan.together, (max_tokens, config.hidden_size), loaded.dtype, loaded.device, depth=2)
         if plan.gate_up_on_host and max_tokens:
             # Most memory is taken while the last layer, which keeps everything, and the loss are computed: no copy is under way then.
             last = len(self.layers) - 1
@@ -86,41 +87,55 @@ class FusedStep:
         return ATTENTION if from_end < self.plan.keep_all + self.plan.keep_attention else INPUT
 
     @torch.no_grad()
-    def accumulate(self, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
-        """Adds scale x the gradient of the summed loss to the adapter's gradients. Returns the sum of losses, fp32 scalar."""
-        sequences = self._sequences(batch)
-        x = gather_rows(batch.input_ids, self.table)
-        kept: list[Kept | None] = []
+    def accumulate(self, batches: Batch | Sequence[Batch], scale: torch.Tensor) -> torch.Tensor:
+        """Adds scale x the gradient of the summed loss to the adapter's gradients. Returns the sum of losses, fp32 scalar.
+
+        Of several micro-batches all go through a layer before the next one, so that a streamed slab comes in once for all.
+        At most `plan.together`.
+        """
+        batches = [batches] if isinstance(batches, Batch) else batches
+        sequences = [self._sequences(batch) for batch in batches]
+        xs = [gather_rows(batch.input_ids, self.table) for batch in batches]
         if self.gate_up is not None:
-            self.gate_up.begin(len(x))
-        for index, layer in enumerate(self.layers):
-            self._enter(index, +1)
-            level = self.keep_level(index)
-            if self.gate_up is not None and index == self.away_until:
-                self.gate_up.store.settle()
-            if self.inputs is not None and level != INPUT:
-                self.inputs.settle()
-            y, saved = layer.forward(x, sequences, level, self.gate_up and self.gate_up.takes(index))
-            if self.inputs is not None and level == INPUT:
-                self.inputs.put(index, x)
-                saved.x = None
-            kept.append(saved)
-            x = y
-            del y, saved
+            self.gate_up.begin(len(xs[0]))
+        kept = [self._forward(index, xs, sequences) for index in range(len(self.layers))]
         for store in self._stores():
             store.settle()
-        total, gx = self._loss(x, batch, scale)
-        del x
+        total = torch.zeros((), device=xs[0].device)
+        for i, batch in enumerate(batches):
+            loss, xs[i] = self._loss(xs[i], batch, scale)
+            total += loss
         for index in reversed(range(len(self.layers))):
-            self._enter(index, -1)
-            if self.gate_up is not None and index == self.back_from:
-                self.gate_up.turn()
-            saved, kept[index] = kept[index], None
-            if self.inputs is not None:
-                saved = self._bring_back(index, saved, kept, gx)
-            gx = self.layers[index].backward(gx, saved, sequences, self.gate_up and self.gate_up.gives(index))
+            self._backward(index, xs, kept, sequences)
         self._leave()
         return total
+
+    def _forward(self, index: int, xs: list[torch.Tensor], sequences: list[Sequences]) -> list[Kept | None]:
+        """A layer's outputs in the place of its inputs `xs`; returns what it keeps of each."""
+        self._enter(index, +1)
+        level, kept = self.keep_level(index), []
+        if self.gate_up is not None and index == self.away_until:
+            self.gate_up.store.settle()
+        if self.inputs is not None and level != INPUT:
+            self.inputs.settle()
+        for i, x in enumerate(xs):
+            xs[i], saved = self.layers[index].forward(x, sequences[i], level, self.gate_up and self.gate_up.takes(index))
+            if self.inputs is not None and level == INPUT:
+                self.inputs.put(index * self.plan.together + i, x)
+                saved.x = None
+            kept.append(saved)
+        return kept
+
+    def _backward(self, index: int, gxs: list[torch.Tensor], kept: list[list[Kept | None]], sequences: list[Sequences]) -> None:
+        """The gradients of a layer's inputs in the place of those of its outputs."""
+        self._enter(index, -1)
+        if self.gate_up is not None and index == self.back_from:
+            self.gate_up.turn()
+        for i, gx in enumerate(gxs):
+            saved, kept[index][i] = kept[index][i], None
+            if self.inputs is not None:
+                self._bring_back(index, i, saved, gxs, kept)
+            gxs[i] = self.layers[index].backward(gx, saved, sequences[i], self.gate_up and self.gate_up.gives(index))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
@@ -180,10 +195,10 @@ class FusedStep:
     def _stores(self) -> list[HostStore]:
         return [store for store in (self.inputs, self.gate_up and self.gate_up.store) if store is not None]
 
-    def _bring_back(self, index: int, saved: Kept, kept: list[Kept | None], gx: torch.Tensor) -> Kept:
-        """The layer's input from the host, and the one before it on its way."""
+    def _bring_back(self, index: int, i: int, saved: Kept, gxs: list[torch.Tensor], kept: list[list[Kept | None]]) -> None:
+        """A layer's input from the host, and the one needed next on its way."""
         if saved.x is None:
-            saved.x = self.inputs.get(index, len(gx))
-        if index and kept[index - 1].x is None:
-            self.inputs.prefetch(index - 1, len(gx))
-        return saved
+            saved.x = self.inputs.get(index * self.plan.together + i, len(gxs[i]))
+        index, i = (index, i + 1) if i + 1 < len(gxs) else (index - 1, 0)
+        if index >= 0 and kept[index][i].x is None:
+            self.inputs.prefetch(index * self.plan.together + i, len(gxs[i]))

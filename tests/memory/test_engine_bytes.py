@@ -153,7 +153,7 @@ def weightless(monkeypatch):
 def one_pass(model: str, layers: int, batch: int, length: int, gb: float, **options):
     """The plan of a 16-bit model's first layers in a budget, and what one pass as planned takes of a pool."""
     config = TrainConfig(
-        model=model, bits=16, micro_batch_size=batch, max_seq_length=length, gradient_accumulation_steps=1, packing=False, **options
+        model=model, bits=16, micro_batch_size=batch, max_seq_length=length, packing=False, **{"gradient_accumulation_steps": 1} | options
     )
     shape = replace(shape_of(model), num_hidden_layers=layers)
     plan = plan_run(config, shape, Budget(int(gb * GB), 0, int(gb * GB), "vram", CONTEXT, RATES, "", 60 * GB))
@@ -169,7 +169,7 @@ def one_pass(model: str, layers: int, batch: int, length: int, gb: float, **opti
     flat = Batch(tokens, tokens, torch.empty(batch + 1, dtype=torch.int32, device=META), tokens, tokens, length)
     pool = BestFit()
     with Counted(pool):
-        step.accumulate(flat, torch.ones((), device=META))
+        step.accumulate([flat] * plan.together, torch.ones((), device=META))
     return plan, pool
 
 
@@ -192,6 +192,13 @@ def test_a_pass_takes_what_the_plan_says(case, weightless):
     if not plan.gate_up_on_host:  # else a pass may need more and then runs without a graph
         room = plan.components["context"] - CONTEXT  # gaps, and what the allocator rounds up
         assert pool.fullest - pool.peak <= room, plan.to_dict()
+
+
+def test_micro_batches_that_share_a_transfer_take_what_the_plan_says(weightless):
+    plan, pool = one_pass("Qwen/Qwen3-8B", 6, 1, 512, 3, gradient_accumulation_steps=8)
+    assert plan.streamed and plan.together > 1, plan.to_dict()
+    planned = sum(plan.components[name] for name in ("activations", "layer_work", "loss"))
+    assert -0.01 <= plan.allocated_bytes / (plan.allocated_bytes - planned + pool.peak) - 1 <= 0.03, (planned, pool.peak)
 
 
 def test_gaps_of_a_whole_model_stay_within_the_plan(weightless):

@@ -5,6 +5,8 @@ The comparison runs each example alone, so that it also proves that packed examp
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -148,6 +150,26 @@ def test_any_family_equals_autograd(family, extra, bits):
     assert float(step.evaluate(batch_of(data)).sum()) == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("decisions", [{}, {"inputs_on_host": True}, {"inputs_on_host": True, "keep_all": 1, "keep_attention": 1}, {"keep_all": 3}], ids=str)
+def test_micro_batches_together_equal_one_after_another_bit_for_bit(decisions, bits):
+    """Each layer adds the micro-batches' gradients in their order, whether it meets them in one turn or in several."""
+    batches = [batch_of(flat()), batch_of(flat((0, 9, 20))), batch_of(flat((0, 31, 33)))]
+    loaded, adapter = make_case(model_values("qwen3"), bits)
+    step = FusedStep(loaded, adapter, make_plan(**decisions), 40)
+    adapter.gradients.zero_()
+    losses = [float(step.accumulate(batch, torch.tensor(0.5))) for batch in batches]
+    wanted = adapter.gradients.clone()
+    together = FusedStep(loaded, adapter, make_plan(together=4, **decisions), 40)
+    captured = CapturedStep(together, torch.device("cpu"))
+    adapter.gradients.zero_()
+    assert float(captured.accumulate(batches, 0.5)) == pytest.approx(sum(losses), rel=1e-6) and torch.equal(adapter.gradients, wanted)
+    adapter.gradients.zero_()
+    together.accumulate(batches[:1], torch.tensor(0.5))
+    together.accumulate(batches[1:], torch.tensor(0.5))
+    assert wanted.norm() > 0.1 and torch.equal(adapter.gradients, wanted)
+
+
 # on a card
 
 BIG = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "vocab_size": 3000}
@@ -200,5 +222,10 @@ def test_on_a_card_every_plan_and_a_graph_give_the_same_bits(family, bits):
         base = base or passes[0]
         assert passes[0][0] == base[0] and torch.equal(passes[0][1], base[1]), name
         assert float(step.evaluate(batch).sum()) == pytest.approx(base[0], rel=1e-6)
+        both = CapturedStep(FusedStep(loaded, adapter, replace(plan, together=2), 256), torch.device("cuda", 0))
+        for _ in range(3):
+            loss, g = one_pass(both, adapter, [batch, batch], 1 / 200)
+            assert loss == pytest.approx(2 * base[0], rel=1e-6) and relative(g, 2 * base[1]) < 1e-2, name
+        assert both.graphs, name
     loss, wanted = reference(adapter, data)
     assert base[0] == pytest.approx(loss, rel=2e-3) and relative(base[1], wanted / 200) < 2e-2
