@@ -16,7 +16,7 @@ a time, half the lines that it takes to give all lanes the same block. Several r
 What a step needs is asked for two steps before, and the first of it before the tables, which then cost no waiting. As many
 programs as the registers hold stay on a multiprocessor and walk over the tiles. The order of a sum is fixed.
 
-Triton has no word for such a table or for the layout of an operand: hence the few lines of PTX, in `gemv_nf4_ptx.py`. One element is one thread.
+The PTX that this takes is in `gemv_nf4_ptx.py` and `gemv.py`.
 
 As one graph, bf16, double quantization, on an H100: 4096 x 14336 in 16.6 us, which is 61 % of what a copy moves, 4096 x 4096 in
 7.8, (4096, 1024, 1024) x 4096 in 10.9, (14336, 14336) x 4096 in 29.2; 8 layers of Llama 8B (900 MB) in 508, 1773 GB/s, where
@@ -27,45 +27,30 @@ cycles that a warp's step has there 64 are lookups and 32 loads of codes.
 
 from __future__ import annotations
 
-import logging
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
 from kernels import reference_nf4
-from kernels.gemv_nf4_ptx import (
-    STEP,
+from kernels.gemv import (
+    MOST_WEIGHTS,
+    RESIDENT,
+    TILE,
     WARPS,
     _load_byte,
-    _load_codes,
-    _load_codes_wide,
     _load_float,
     _load_x,
     _meet,
-    _multiply,
-    _share,
-    _store_tables,
     _take_from,
+    capable,
+    choose,
+    parts_of,
+    processors,
+    trusted,
 )
-from kernels.matmul_grouped import processors
+from kernels.gemv_nf4_ptx import STEP, _load_codes, _load_codes_wide, _multiply, _share, _store_tables
 
-log = logging.getLogger(__name__)
-_right: dict[torch.device, bool] = {}  # where the kernel was tried
-
-MOST_WEIGHTS = 3  # in one launch
 MOST_ROWS = 8  # of x
-TILE = 16  # rows of W of one product on the tensor cores
-RESIDENT = 2  # programs on a multiprocessor at a time: 128 registers a thread
-
-
-@triton.jit
-def choose(which, first, second, third, COUNT: tl.constexpr):
-    """One of the COUNT stacked weights' operands."""
-    if COUNT > 2:
-        second = tl.where(which == 1, second, third)
-    return first if COUNT == 1 else tl.where(which == 0, first, second)
 
 
 @triton.jit
@@ -187,25 +172,7 @@ def takes(x: torch.Tensor, packed: list[dict[str, torch.Tensor]]) -> bool:
     if x.shape[0] > MOST_ROWS or x.shape[1] % 64 or x.dtype not in (torch.float16, torch.bfloat16) or not capable(x.device):
         return False
     read = (t for p in packed for t in (p["weight"], p["quant_map"]))
-    return all(tensor.data_ptr() % 16 == 0 for tensor in (x, *read)) and trusted(x.device)
-
-
-@lru_cache(maxsize=8)
-def capable(device: torch.device) -> bool:
-    """Whether the kernel runs on `device`. Triton's interpreter does not know PTX."""
-    return device.type == "cuda" and not triton.knobs.runtime.interpret and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def trusted(device: torch.device) -> bool:
-    """Whether products came out right here, tried once: PTX by hand meets more cards and drivers than anybody can test on.
-
-    Not while a graph is captured, which cannot wait for a result; a pass is run before it is captured.
-    """
-    if device not in _right and not torch.cuda.is_current_stream_capturing():
-        _right[device] = _tried(device)
-        if not _right[device]:
-            log.warning("the fast product of a few rows is wrong on this card (%s); the slower one is used.", device)
-    return _right.get(device, False)
+    return all(tensor.data_ptr() % 16 == 0 for tensor in (x, *read)) and trusted(x.device, "nf4", _tried)
 
 
 def _tried(device: torch.device) -> bool:
@@ -224,7 +191,7 @@ def multiply(x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_feature
     """x: [M, in], as `takes` says. 1 to MOST_WEIGHTS weights, all with double quantization or none. Returns y [M, sum of out]."""
     y = x.new_empty(x.shape[0], sum(out_features))
     blocks, unused = x.shape[1] // 64, MOST_WEIGHTS - len(packed)
-    parts = parts_of(y.shape[1], blocks, processors(x.device))
+    parts = parts_of(y.shape[1], triton.cdiv(blocks, STEP), processors(x.device))
     tiles = [triton.cdiv(n, TILE * (WARPS // parts)) for n in out_features]
     rounds = triton.cdiv(sum(tiles), processors(x.device) * RESIDENT)
     weights = [p for weight in [*packed, *[packed[0]] * unused] for p in operands(weight)]
@@ -234,14 +201,6 @@ def multiply(x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_feature
         num_warps=WARPS, maxnreg=65536 // (RESIDENT * WARPS * 32),
     )  # fmt: skip
     return y
-
-
-def parts_of(rows: int, blocks: int, processors: int) -> int:
-    """How many warps share the columns of 16 rows: as few as fill the card, since their sums have to meet."""
-    parts = 1
-    while parts < WARPS and rows // TILE * parts < 0.8 * processors * RESIDENT * WARPS and parts * STEP < blocks:
-        parts *= 2
-    return parts
 
 
 def operands(packed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -8,13 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.gemv import EIGHT_WORDS, OUT_EIGHT, WARPS, _lines
+
 STEP = 4  # blocks that a warp reads at a time
-WARPS = 8  # of a program
-
-
-def _lines(*lines: str) -> tl.constexpr:
-    return tl.constexpr("\n".join(lines))
-
 
 # 4 x 8 bytes, 32 apart: a lane's share of 4 blocks of a row. Those from block $9 on are not there. Impure, as all loads of
 # codes and absmax: a pure load sinks to its use, behind the wait for the sum. L1 is left to x: codes are read once.
@@ -31,9 +27,6 @@ LOAD_CODES_WIDE = _lines(
       f"@p ld.global.L1::no_allocate.v4.b32 {{${4 * b}, ${4 * b + 1}, ${4 * b + 2}, ${4 * b + 3}}}, [$8 + {64 * b}];" for b in range(STEP // 2)),
     "}",
 )  # fmt: skip
-LOAD_BYTE = _lines("{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0;", "@p ld.global.u8 $0, [$1]; }")
-LOAD_FLOAT = tl.constexpr("ld.global.f32 $0, [$1];")
-TAKE_FROM = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 
 
 def _store_tables_lines(half: str, double: bool) -> tl.constexpr:
@@ -60,31 +53,6 @@ STORE_BF16, STORE_BF16_DOUBLE = (_store_tables_lines("bf16", double) for double 
 SHARE = tl.constexpr("{ .reg .b32 a; mov.u32 a, nf4_shares; mad.lo.u32 a, $1, 4, a; ld.shared.f32 $0, [a]; }")
 
 
-def _meet_lines(parts: int) -> tl.constexpr:
-    """The sums $1 and $2 of a warp's first and last 8 rows, in its lanes 0, 4, 8, .., added to those of the `parts` warps that
-    share its rows. $0: of thread i ($3), that of row i of the program; later threads get any value."""
-    return _lines(
-        f".shared .align 128 .f32 nf4_sums[{32 * WARPS}];",
-        "{ .reg .b32 a, b; .reg .pred p; .reg .f32 v, sum; mov.u32 b, nf4_sums; and.b32 a, $3, 3; setp.eq.u32 p, a, 0;",
-        "shr.u32 a, $3, 5; shl.b32 a, a, 6; and.b32 $0, $3, 28; add.u32 a, a, $0; add.u32 a, a, b;",
-        "@p st.shared.f32 [a], $1; @p st.shared.f32 [a + 32], $2; bar.sync 0;",
-        f"shr.u32 a, $3, 4; and.b32 a, a, {WARPS // parts - 1}; mad.lo.u32 b, a, {64 * parts}, b;",
-        "and.b32 a, $3, 15; mad.lo.u32 a, a, 4, b; ld.shared.f32 sum, [a];",
-        *(f"ld.shared.f32 v, [a + {64 * i}]; add.f32 sum, sum, v;" for i in range(1, parts)),
-        "bar.sync 0; mov.b32 $0, sum; }",
-    )
-
-
-MEET_1, MEET_2, MEET_4, MEET_8 = (_meet_lines(parts) for parts in (1, 2, 4, 8))
-
-
-# 16 values of x, 32 bytes, as 8 words; zeros where $9 is 0.
-LOAD_X = _lines(
-    "{ .reg .pred p; setp.ne.s32 p, $9, 0;", *(f"mov.b32 ${i}, 0;" for i in range(8)),
-    "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$8]; @p ld.global.nc.v4.b32 {$4, $5, $6, $7}, [$8 + 16]; }",
-)  # fmt: skip
-
-
 def _multiply_lines(half: str) -> tl.constexpr:
     """$0..$3: the sums of a block, rows of W ($4, $5: a lane's codes of its first row, $6, $7: of its second) times columns of x
     ($8..$15). $16: four times the lane. Byte 2i of a row is its operand 0 of product i, byte 2i + 1 its operand 2."""
@@ -105,8 +73,7 @@ def _multiply_lines(half: str) -> tl.constexpr:
 
 
 MULTIPLY_F16, MULTIPLY_BF16 = _multiply_lines("f16"), _multiply_lines("bf16")
-EIGHT_WORDS, FOUR_FLOATS = tl.constexpr((tl.int32,) * 8), tl.constexpr((tl.float32,) * 4)
-OUT_EIGHT, OUT_FOUR = tl.constexpr("=r," * 8 + "l,r"), tl.constexpr("=f," * 4 + "r" + ",r" * 12)
+FOUR_FLOATS, OUT_FOUR = tl.constexpr((tl.float32,) * 4), tl.constexpr("=f," * 4 + "r" + ",r" * 12)
 
 
 @triton.jit
@@ -126,21 +93,6 @@ def _share(absmax):
 
 
 @triton.jit
-def _meet(first, second, thread, PARTS: tl.constexpr):
-    """The sums of 16 rows of each tile, by the warps that share its columns: of thread i that of row i of the program."""
-    arguments = [first, second, thread]
-    if PARTS == 1:
-        bits = tl.inline_asm_elementwise(MEET_1, "=&r,f,f,r", arguments, tl.int32, False, 1)
-    elif PARTS == 2:
-        bits = tl.inline_asm_elementwise(MEET_2, "=&r,f,f,r", arguments, tl.int32, False, 1)
-    elif PARTS == 4:
-        bits = tl.inline_asm_elementwise(MEET_4, "=&r,f,f,r", arguments, tl.int32, False, 1)
-    else:
-        bits = tl.inline_asm_elementwise(MEET_8, "=&r,f,f,r", arguments, tl.int32, False, 1)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _load_codes(codes_ptr, index, left):
     """A lane's 8 words of 4 blocks of a row, two a block, `left` of which there are."""
     return tl.inline_asm_elementwise(LOAD_CODES, OUT_EIGHT, [codes_ptr.to(tl.int64) + index, left], EIGHT_WORDS, False, 1)
@@ -150,30 +102,6 @@ def _load_codes(codes_ptr, index, left):
 def _load_codes_wide(codes_ptr, index, left):
     """A lane's 8 words of 4 blocks of a row: four of block lane % 4 // 2, if `left` > 0, and four of that + 2, if `left` > 2."""
     return tl.inline_asm_elementwise(LOAD_CODES_WIDE, OUT_EIGHT, [codes_ptr.to(tl.int64) + index, left], EIGHT_WORDS, False, 1)
-
-
-@triton.jit
-def _load_byte(ptr, index, valid):
-    """A byte, widened. `tl.load` would change the layout to a coalesced one and back, through shared memory."""
-    return tl.inline_asm_elementwise(LOAD_BYTE, "=r,l,r", [ptr.to(tl.int64) + index, valid.to(tl.int32)], tl.int32, False, 1)
-
-
-@triton.jit
-def _load_float(ptr, index):
-    """An fp32, in the layout of `index`, as `_load_byte`."""
-    return tl.inline_asm_elementwise(LOAD_FLOAT, "=f,l", [ptr.to(tl.int64) + index.to(tl.int64) * 4], tl.float32, False, 1)
-
-
-@triton.jit
-def _take_from(value, lane):
-    """The value that another lane of the warp has."""
-    return tl.inline_asm_elementwise(TAKE_FROM, "=f,f,r", [value, lane], tl.float32, False, 1)
-
-
-@triton.jit
-def _load_x(x_ptr, index, valid):
-    """x[index] to x[index + 15], two a word, as the tensor cores take them; zeros where not `valid`."""
-    return tl.inline_asm_elementwise(LOAD_X, OUT_EIGHT, [x_ptr.to(tl.int64) + index * 2, valid.to(tl.int32)], EIGHT_WORDS, False, 1)
 
 
 @triton.jit

@@ -2,8 +2,9 @@
 
     Wq[n, 8 g + i] = codebook[codes[n, g]][i] (+ codebook'[residual[n, g]][i] / residual_scale)
 
-One row of x: a code's weights are 0.5 (16 + nibble_i) + base, so the kernel multiplies the cheap 16 + nibble_i and adds
-base times the sum of the eight inputs once per code. More rows: tiles are decoded as tl.dot wants them.
+One row of x goes to `gemv_even.py` where that takes it. Elsewhere a code's weights are 0.5 (16 + nibble_i) + base, so the kernel
+multiplies the cheap 16 + nibble_i and adds base times the sum of the eight inputs once per code. More rows: tiles are decoded
+as tl.dot wants them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import gemv_even
 from kernels.dequant_e8p import check, e8p_words, grids, point_values, residual_kind, sixteen_plus_nibble
 from kernels.hadamard import multiplies
 
@@ -26,6 +28,8 @@ def matmul(
     rows, groups = codes.shape
     if x.shape[0] > LARGEST or x.shape[1] != 8 * groups or not x.is_contiguous():
         raise ValueError(f"x must be contiguous [1..{LARGEST}, {8 * groups}]; got {tuple(x.shape)}, strides {x.stride()}.")
+    if gemv_even.takes_e8p(x, codes, residual):
+        return gemv_even.multiply_e8p(x, codes, residual, residual_scale)
     out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
     weight = (codes, codes if residual is None else residual, *grids(codes.device))
     sizes, kind = (rows, groups, codes.stride(0), 1.0 / residual_scale), residual_kind(residual)

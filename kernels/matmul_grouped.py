@@ -1,9 +1,9 @@
 """y = x W^T for a few rows of x, straight from grouped codes (GPTQ, HQQ): chat decoding.
 
-One row of x is a matrix-vector product, bound by reading the packed words: a program takes a few rows of W and walks
-along them, every thread with its own part of the sum, one reduction at the end. More rows, up to MAX_ROWS, decode a tile of
-W once and multiply it on the tensor cores; W's columns are split over programs until the card is full, the partial
-sums added in a fixed order, so that a result does not change from call to call.
+One row of x goes to `gemv_even.py` where that takes it. For the others (older cards, `g_idx`, groups of odd sizes, fp32) a
+program takes a few rows of W and walks along them, every thread with its own part of the sum, one reduction at the end. More
+rows, up to MAX_ROWS, decode a tile of W once and multiply it on the tensor cores; W's columns are split over programs until the
+card is full, the partial sums added in a fixed order, so that a result does not change from call to call.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import gemv_even
 from kernels.dequant_grouped import decode_runs, operands
-from kernels.reference_grouped import Grouping
+from kernels.gemv import MOST_WEIGHTS, processors
+from kernels.reference_grouped import ROW, Grouping
 
 MAX_ROWS = 32
 GEMV_RUNS = 128  # columns / 8 that a program reads at a time
@@ -81,6 +83,8 @@ def matmul(
         raise ValueError(f"the fused product takes 1 to {MAX_ROWS} contiguous rows; x is {list(x.shape)}, strides {x.stride()}.")
     rows = len(qweight)
     pointers, layout = operands(qweight, scales, zeros, g_idx, grouping, bits, cols)
+    if grouping.mode == ROW and gemv_even.takes_grouped(x, [(qweight, scales, zeros)], grouping.size, bits):
+        return gemv_even.multiply_grouped(x, [(qweight, scales, zeros)], grouping.size, bits)
     if x_rows == 1 or not tensor_cores(x.device):
         y = x.new_empty(x_rows, rows)
         tile = 4 if rows >= 8192 else 2 if rows >= 2048 else 1
@@ -97,15 +101,20 @@ def matmul(
     return partial.sum(0).to(x.dtype)
 
 
+def matmul_stacked(x: torch.Tensor, weights: list[tuple]) -> torch.Tensor:
+    """x [W1; W2; ..]^T of weights, each the rest of `matmul`'s arguments, that differ in their rows alone; in one launch where
+    that can be. Otherwise as `matmul`."""
+    grouping, bits = weights[0][4:]
+    read = [weight[:3] for weight in weights]
+    if len(weights) <= MOST_WEIGHTS and grouping.mode == ROW and gemv_even.takes_grouped(x, read, grouping.size, bits):
+        return gemv_even.multiply_grouped(x, read, grouping.size, bits)
+    return torch.cat([matmul(x, *weight) for weight in weights], 1)
+
+
 @lru_cache(maxsize=8)
 def tensor_cores(device: torch.device) -> bool:
     """Whether `tl.dot` uses tensor cores: on Turing and older, Triton falls back to scalar arithmetic."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
-
-
-@lru_cache(maxsize=8)
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def split(programs: int, runs: int, step: int, device: torch.device) -> tuple[int, int]:

@@ -59,6 +59,11 @@ class GroupedFormat(QuantFormat):
 
         return matmul_grouped.matmul(x, *self._operands(packed, x.shape[1]))
 
+    def matmul_stacked(self, x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_features: list[int]) -> torch.Tensor:
+        from kernels import matmul_grouped
+
+        return matmul_grouped.matmul_stacked(x, [self._operands(p, x.shape[1]) for p in packed])
+
     def _operands(self, packed: dict[str, torch.Tensor], in_features: int) -> tuple:
         grouping = self.grouping(packed, in_features)
         return packed["qweight"], packed["scales"], packed.get("qzeros"), packed.get("g_idx"), grouping, self.spec.bits

@@ -7,6 +7,10 @@ import pytest
 pytest.importorskip("triton")
 from tests.kernels.offline import LIMITS, compiled, main
 
+E8P = 16
+# kind of code, groups told apart by columns, zeros, layers, warps that share the columns
+EVEN = [(2, 4, 1, 1, 1), (2, 1, 0, 1, 4), (3, 1, 0, 1, 8), (4, 1, 2, 1, 2), (4, 2, 0, 1, 8), (8, 1, 1, 1, 8), (E8P, 1, 0, 1, 8), (E8P, 1, 0, 2, 4)]
+
 
 @pytest.mark.parametrize("capability", sorted(LIMITS))
 def test_decoding_compiles(capability, root):
@@ -18,7 +22,7 @@ def cases(half, multiplies):
     import torch
     from triton.runtime.jit import MockTensor
 
-    from kernels import attention_cache, gemv_nf4, matmul_nf4, thin
+    from kernels import attention_cache, gemv_even, gemv_nf4, matmul_nf4, thin
 
     def t(dtype):
         return MockTensor(dtype, [1 << 20])
@@ -44,6 +48,14 @@ def cases(half, multiplies):
             arguments = (t(dtype), t(dtype), 8, 6144, 7, *sizes, *[0] * (3 - len(sizes)), *weight * 3)
             flags = {"COUNT": len(sizes), "DOUBLE": double, "ONE": one, "BLOCKS": 64, "WARPS": gemv_nf4.WARPS, "PARTS": parts}
             yield gemv_nf4._gemv_kernel, arguments, flags, gemv_nf4.WARPS, 3, 128
+        for (kind, split, zeros, layers, parts), dtype in itertools.product(EVEN, (torch.float16, torch.bfloat16)):
+            codes, scales = t(torch.int16 if kind == E8P else torch.int32), t(torch.float16)
+            weight = (codes, scales, u8 if zeros == gemv_even.BYTES else scales)
+            unit = gemv_even.UNIT[kind]
+            flags = {"COUNT": layers % 2 + 1, "KIND": kind, "UNIT": unit, "UNITS": 4096 // unit, "SPLIT": split, "SIZE": 128, "GROUPS": 32,
+                     "ZEROS": zeros, "LAYERS": layers, "WARPS": gemv_even.WARPS, "PARTS": parts}  # fmt: skip
+            arguments = (t(dtype), t(dtype), t(torch.int32), codes, 0.3, 2, 4096, 1024 * (layers % 2), 0, *weight * 3)
+            yield gemv_even._gemv_kernel, arguments, flags, gemv_even.WARPS, 3, 128
     for group, d, width in ((4, 128, 128), (7, 80, 128), (1, 256, 256)):
         tile = {"GROUP": group, "QUERIES": 16, "D": d, "WIDTH": width, "BLOCK": 64 if width <= 128 else 32}
         yield attention_cache._part_kernel, (x, x, i64, f32, f32, 8, 64, 0.1), tile, 4, 2

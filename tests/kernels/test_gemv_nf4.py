@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from test_matmul_nf4 import check_stacked, packed_weight
 
-from kernels import gemv_nf4, matmul_nf4
+from kernels import gemv, gemv_nf4, matmul_nf4
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels are compiled here")
 STACKS = [  # rows of each weight, in
@@ -27,20 +27,34 @@ STACKS = [  # rows of each weight, in
 def anywhere(monkeypatch):
     """Takes what a card would, wherever it lies."""
     monkeypatch.setattr(gemv_nf4, "capable", lambda device: True)
-    monkeypatch.setattr(gemv_nf4, "_right", {torch.device("cpu"): True})
+    monkeypatch.setattr(gemv, "_right", {(torch.device("cpu"), "nf4"): True})
 
 
 @triton.jit
-def _values(ptr, index, TYPE: tl.constexpr):
+def values(ptr, index, TYPE: tl.constexpr):
     return tl.load(ptr.to(tl.pointer_type(TYPE)) + index)
 
 
-def _product(a, b):
+def product(a, b):
     """What the tensor cores make of a register of each lane: rows lane // 4 of one times rows lane // 4 of the other, the sum
     over a group of four lanes, as the two columns that a lane holds."""
     warps = a.shape[0] // 32
     both = tl.reshape(a, (warps, 8, 1, 4)) * tl.reshape(b, (warps, 1, 8, 4))
     return [tl.reshape(part, a.shape) for part in tl.split(tl.reshape(tl.sum(both, 3), (warps, 8, 4, 2)))]
+
+
+def take_from(value, lane):
+    """`gemv._take_from`."""
+    warps = lane.shape[0] // 32
+    return tl.reshape(tl.gather(tl.reshape(value, (warps, 32)), tl.reshape(lane, (warps, 32)), 1), lane.shape)
+
+
+def meet(first, second, thread, PARTS):
+    """`gemv._meet`."""
+    warps = thread.shape[0] // 32
+    rows = tl.reshape(tl.permute(tl.join(first, second).reshape(warps, 8, 4, 2), (0, 3, 1, 2)), (warps // PARTS, PARTS, 16, 4))
+    whole = tl.sum(tl.where(tl.arange(0, 4)[None, None, None, :] == 0, rows, 0.0), 3)  # the others' copies are not read
+    return tl.gather(tl.reshape(tl.sum(whole, 1), (warps // PARTS * 16,)), thread % (warps // PARTS * 16), 0)
 
 
 @pytest.fixture
@@ -53,32 +67,22 @@ def told(anywhere, monkeypatch):
         shares.append(nested_map_ptr)
 
     def codes(ptr, index, left):
-        return tuple(_values(ptr, tl.where(left > i // 2, index // 4 + i // 2 * 8 + i % 2, 0), tl.int32) for i in range(8))
+        return tuple(values(ptr, tl.where(left > i // 2, index // 4 + i // 2 * 8 + i % 2, 0), tl.int32) for i in range(8))
 
     def codes_wide(ptr, index, left):
-        return tuple(_values(ptr, tl.where(left > i // 4 * 2, index // 4 + i // 4 * 16 + i % 4, 0), tl.int32) for i in range(8))
+        return tuple(values(ptr, tl.where(left > i // 4 * 2, index // 4 + i // 4 * 16 + i % 4, 0), tl.int32) for i in range(8))
 
     def load_x(ptr, index, valid):
-        return tuple(_values(ptr, tl.where(valid, index + i, 0), tl.float16).to(tl.float32) * valid for i in range(16))
+        return tuple(values(ptr, tl.where(valid, index + i, 0), tl.float16).to(tl.float32) * valid for i in range(16))
 
     def multiply(first0, first1, second0, second1, x, lane, BF16):
         sums = [tl.zeros(lane.shape, tl.float32)] * 4
         for i in range(16):
             for row, words in enumerate(((first0, first1), (second0, second1))):
                 code = (words[i // 8] >> (i % 8 // 2 * 8 + 4 - i % 2 * 4)) & 15
-                part = _product(tl.gather(levels[-1], code, 0), x[i])
+                part = product(tl.gather(levels[-1], code, 0), x[i])
                 sums[2 * row], sums[2 * row + 1] = sums[2 * row] + part[0], sums[2 * row + 1] + part[1]
         return tuple(sums)
-
-    def take_from(value, lane):
-        warps = lane.shape[0] // 32
-        return tl.reshape(tl.gather(tl.reshape(value, (warps, 32)), tl.reshape(lane, (warps, 32)), 1), lane.shape)
-
-    def meet(first, second, thread, PARTS):
-        warps = thread.shape[0] // 32
-        rows = tl.reshape(tl.permute(tl.join(first, second).reshape(warps, 8, 4, 2), (0, 3, 1, 2)), (warps // PARTS, PARTS, 16, 4))
-        whole = tl.sum(tl.where(tl.arange(0, 4)[None, None, None, :] == 0, rows, 0.0), 3)  # the others' copies are not read
-        return tl.gather(tl.reshape(tl.sum(whole, 1), (warps // PARTS * 16,)), thread % (warps // PARTS * 16), 0)
 
     monkeypatch.setattr(gemv_nf4, "_store_tables", store)
     monkeypatch.setattr(gemv_nf4, "_share", lambda absmax: tl.load(shares[-1] + absmax))
@@ -86,9 +90,9 @@ def told(anywhere, monkeypatch):
     monkeypatch.setattr(gemv_nf4, "_load_codes", codes)
     monkeypatch.setattr(gemv_nf4, "_load_codes_wide", codes_wide)
     monkeypatch.setattr(
-        gemv_nf4, "_load_byte", lambda ptr, index, valid: tl.where(valid, _values(ptr, index, tl.uint8).to(tl.int32), 0)
+        gemv_nf4, "_load_byte", lambda ptr, index, valid: tl.where(valid, values(ptr, index, tl.uint8).to(tl.int32), 0)
     )
-    monkeypatch.setattr(gemv_nf4, "_load_float", lambda ptr, index: _values(ptr, index, tl.float32))
+    monkeypatch.setattr(gemv_nf4, "_load_float", lambda ptr, index: values(ptr, index, tl.float32))
     monkeypatch.setattr(gemv_nf4, "_take_from", take_from)
     monkeypatch.setattr(gemv_nf4, "_load_x", load_x)
     monkeypatch.setattr(gemv_nf4, "_multiply", multiply)
@@ -145,13 +149,13 @@ def test_what_is_taken(anywhere):
 def test_it_is_tried_once_before_it_is_trusted(told, monkeypatch, caplog):
     packed, _ = packed_weight(4, 64)
     x = torch.zeros(1, 64).half()
-    gemv_nf4._right.clear()
+    gemv._right.clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not gemv_nf4.takes(x, [packed]) and not gemv_nf4._right, "nothing is tried while a graph is captured"
+    assert not gemv_nf4.takes(x, [packed]) and not gemv._right, "nothing is tried while a graph is captured"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert gemv_nf4.takes(x, [packed]) and gemv_nf4._right == {torch.device("cpu"): True}
+    assert gemv_nf4.takes(x, [packed]) and gemv._right == {(torch.device("cpu"), "nf4"): True}
 
-    gemv_nf4._right.clear()
+    gemv._right.clear()
     monkeypatch.setattr(gemv_nf4, "_take_from", lambda value, lane: value)
     assert not gemv_nf4.takes(x, [packed]) and "is wrong on this card" in caplog.text
     monkeypatch.setattr(gemv_nf4, "_tried", None)
@@ -162,15 +166,15 @@ def test_it_is_tried_once_before_it_is_trusted(told, monkeypatch, caplog):
 def test_cards_that_run_it(capability, interpret, takes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", interpret)
-    assert gemv_nf4.capable.__wrapped__(torch.device("cuda:0")) == takes
-    assert not gemv_nf4.capable.__wrapped__(torch.device("cpu"))
+    assert gemv.capable.__wrapped__(torch.device("cuda:0")) == takes
+    assert not gemv.capable.__wrapped__(torch.device("cpu"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 2, 8])
 @pytest.mark.parametrize("sizes, cols", STACKS, ids=str)
 def test_on_a_card(sizes, cols, m, monkeypatch):
-    if not gemv_nf4.capable(torch.device("cuda")):
+    if not gemv.capable(torch.device("cuda")):
         pytest.skip("an older card: `matmul_nf4.py` alone")
     taken = []
     multiply = gemv_nf4.multiply
