@@ -12,66 +12,63 @@ import torch
 import triton
 import triton.language as tl
 
+HEADS = 8  # a program: with one, moving 256 bytes, the card is busy starting programs
+
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, y_ptr, cos_ptr, sin_ptr, qw_ptr, kw_ptr, x_stride, y_stride, cos_stride, q_heads, eps,
-    D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+    x_ptr, y_ptr, cos_ptr, sin_ptr, qw_ptr, kw_ptr, x_stride, y_stride, cos_stride, q_heads, heads, eps,
+    D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i = tl.arange(0, HALF)
-    mask = i < D // 2
-    base = row * x_stride + head * D
-    a = tl.load(x_ptr + base + i, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + base + D // 2 + i, mask=mask, other=0.0).to(tl.float32)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    mask = (i < D // 2) & (head < heads)
+    place = row * x_stride + head * D + i
+    a = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + place + D // 2, mask=mask, other=0.0).to(tl.float32)
     if NORM:
         w_ptr = tl.where(head < q_heads, qw_ptr, kw_ptr)
-        rstd = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
+        rstd = 1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + eps)[:, None]
         a *= rstd * tl.load(w_ptr + i, mask=mask, other=0.0).to(tl.float32)
-        b *= rstd * tl.load(w_ptr + D // 2 + i, mask=mask, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + row * cos_stride + i, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + row * cos_stride + i, mask=mask, other=0.0).to(tl.float32)
-    out = row * y_stride + head * D
-    tl.store(y_ptr + out + i, (a * cos - b * sin).to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptr + out + D // 2 + i, (b * cos + a * sin).to(y_ptr.dtype.element_ty), mask=mask)
+        b *= rstd * tl.load(w_ptr + i + D // 2, mask=mask, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + row * cos_stride + i, mask=i < D // 2, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + row * cos_stride + i, mask=i < D // 2, other=0.0).to(tl.float32)
+    target = row * y_stride + head * D + i
+    tl.store(y_ptr + target, (a * cos - b * sin).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + target + D // 2, (b * cos + a * sin).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _backward_kernel(
     gq_ptr, gk_ptr, gv_ptr, x_ptr, g_ptr, cos_ptr, sin_ptr, qw_ptr, kw_ptr, x_stride, cos_stride, q_heads, kv_heads, eps,
-    D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i = tl.arange(0, HALF)
-    mask = i < D // 2
-    if head < q_heads:
-        source = gq_ptr + row * q_heads * D + head * D
-    elif head < q_heads + kv_heads:
-        source = gk_ptr + row * kv_heads * D + (head - q_heads) * D
-    else:
-        source = gv_ptr + row * kv_heads * D + (head - q_heads - kv_heads) * D
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    turned = head < q_heads + kv_heads  # q and k; v is only moved
+    mask = (i < D // 2) & (head < q_heads + 2 * kv_heads)
+    source = tl.where(turned, gk_ptr + (row * kv_heads + head - q_heads) * D, gv_ptr + (row * kv_heads + head - q_heads - kv_heads) * D)
+    source = tl.where(head < q_heads, gq_ptr + (row * q_heads + head) * D, source)
     a = tl.load(source + i, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(source + D // 2 + i, mask=mask, other=0.0).to(tl.float32)
-    if head < q_heads + kv_heads:
-        cos = tl.load(cos_ptr + row * cos_stride + i, mask=mask, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + row * cos_stride + i, mask=mask, other=0.0).to(tl.float32)
-        rotated = a * cos + b * sin
-        b = b * cos - a * sin
-        a = rotated
-        if NORM:
-            base = row * x_stride + head * D
-            xa = tl.load(x_ptr + base + i, mask=mask, other=0.0).to(tl.float32)
-            xb = tl.load(x_ptr + base + D // 2 + i, mask=mask, other=0.0).to(tl.float32)
-            w_ptr = tl.where(head < q_heads, qw_ptr, kw_ptr)
-            a *= tl.load(w_ptr + i, mask=mask, other=0.0).to(tl.float32)
-            b *= tl.load(w_ptr + D // 2 + i, mask=mask, other=0.0).to(tl.float32)
-            rstd = 1.0 / tl.sqrt((tl.sum(xa * xa, 0) + tl.sum(xb * xb, 0)) / D + eps)
-            dot = (tl.sum(a * xa, 0) + tl.sum(b * xb, 0)) * rstd * rstd / D
-            a = rstd * (a - xa * dot)
-            b = rstd * (b - xb * dot)
-    out = (row * (q_heads + 2 * kv_heads) + head) * D
-    tl.store(g_ptr + out + i, a.to(g_ptr.dtype.element_ty), mask=mask)
-    tl.store(g_ptr + out + D // 2 + i, b.to(g_ptr.dtype.element_ty), mask=mask)
+    b = tl.load(source + i + D // 2, mask=mask, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + row * cos_stride + i, mask=i < D // 2, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + row * cos_stride + i, mask=i < D // 2, other=0.0).to(tl.float32)
+    ga = a * cos + b * sin
+    gb = b * cos - a * sin
+    if NORM:
+        place, here = row * x_stride + head * D + i, mask & turned
+        xa = tl.load(x_ptr + place, mask=here, other=0.0).to(tl.float32)
+        xb = tl.load(x_ptr + place + D // 2, mask=here, other=0.0).to(tl.float32)
+        w_ptr = tl.where(head < q_heads, qw_ptr, kw_ptr)
+        ga *= tl.load(w_ptr + i, mask=here, other=0.0).to(tl.float32)
+        gb *= tl.load(w_ptr + i + D // 2, mask=here, other=0.0).to(tl.float32)
+        rstd = 1.0 / tl.sqrt((tl.sum(xa * xa, 1) + tl.sum(xb * xb, 1)) / D + eps)[:, None]
+        dot = (tl.sum(ga * xa, 1) + tl.sum(gb * xb, 1))[:, None] * rstd * rstd / D
+        ga = rstd * (ga - xa * dot)
+        gb = rstd * (gb - xb * dot)
+    target = (row * (q_heads + 2 * kv_heads) + head) * D + i
+    tl.store(g_ptr + target, tl.where(turned, ga, a).to(g_ptr.dtype.element_ty), mask=mask)
+    tl.store(g_ptr + target + D // 2, tl.where(turned, gb, b).to(g_ptr.dtype.element_ty), mask=mask)
 
 
 class HeadNorm:
@@ -97,9 +94,9 @@ def rope(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv
         return out
     half = triton.next_power_of_2(d // 2)
     weights = (norm.q_weight, norm.k_weight, norm.eps) if norm else (qkv, qkv, 0.0)
-    _forward_kernel[(t, heads + kv_heads)](
-        qkv, out, cos, sin, weights[0], weights[1], qkv.stride(0), out.stride(0), cos.stride(0), heads, weights[2],
-        D=d, HALF=half, NORM=norm is not None, num_warps=1,
+    _forward_kernel[(t, triton.cdiv(heads + kv_heads, HEADS))](
+        qkv, out, cos, sin, weights[0], weights[1], qkv.stride(0), out.stride(0), cos.stride(0), heads, heads + kv_heads, weights[2],
+        D=d, HALF=half, NORM=norm is not None, HEADS=HEADS, num_warps=2,
     )  # fmt: skip
     return out
 
@@ -125,9 +122,9 @@ def rope_backward(
     half = triton.next_power_of_2(d // 2)
     source = qkv if norm else gq
     weights = (norm.q_weight, norm.k_weight, norm.eps) if norm else (gq, gq, 0.0)
-    _backward_kernel[(t, heads + 2 * kv_heads)](
+    _backward_kernel[(t, triton.cdiv(heads + 2 * kv_heads, HEADS))](
         gq.contiguous(), gk.contiguous(), gv.contiguous(), source, out, cos, sin, weights[0], weights[1], source.stride(0),
-        cos.stride(0), heads, kv_heads, weights[2], D=d, HALF=half, NORM=norm is not None, num_warps=1,
+        cos.stride(0), heads, kv_heads, weights[2], D=d, HALF=half, NORM=norm is not None, HEADS=HEADS, num_warps=2,
     )  # fmt: skip
     return out
 

@@ -98,7 +98,7 @@ class GateUpAway:
     """Which chunks' gate and up wait on the host, and in which order they come back.
 
     A unit is one chunk of tokens of one layer. The units that go are spread evenly over forward, so that the bus is busy all
-    the time. layers: those that compute their MLP again. rows: tokens of a chunk; columns: 2 I.
+    the time, the first of each stretch, so that the last one is out before its memory is needed. layers: those that compute their MLP again. rows: tokens of a chunk; columns: 2 I.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class GateUpAway:
         self.store = HostStore(0, (self.rows, columns), dtype, device, min(LEAVING, chunks))
         self._take_memory(min(away, len(units)), columns, dtype)
         away = len(self.store.host)
-        chosen = [units[(i * len(units) + len(units) // 2) // away] for i in range(away)]
+        chosen = [units[i * len(units) // away] for i in range(away)]
         self.slot = {unit: i for i, unit in enumerate(chosen)}
         self.backward = sorted(chosen, key=lambda unit: (-unit[0], unit[1]))
 

@@ -33,8 +33,8 @@ def cases(half, _):
     yield norm._forward_kernel, (x, x, x, f32, 4096, 4096, 1e-5), {"BLOCK": 4096}
     yield norm._backward_kernel, (x, x, x, f32, x, 4096, 4096), {"BLOCK": 4096}
     for has_norm in (True, False):
-        sizes = {"D": 96, "HALF": 64, "NORM": has_norm}
-        yield rope._forward_kernel, (x, x, f32, f32, x, x, 960, 768, 96, 6, 1e-6), sizes
+        sizes = {"D": 96, "HALF": 64, "NORM": has_norm, "HEADS": rope.HEADS}
+        yield rope._forward_kernel, (x, x, f32, f32, x, x, 960, 768, 96, 6, 8, 1e-6), sizes
         yield rope._backward_kernel, (x, x, x, x, x, f32, f32, x, x, 960, 96, 6, 2, 1e-6), sizes
     yield swiglu._forward_kernel, (x, x, 1500), {"BLOCK": 1024}
     yield swiglu._backward_kernel, (x, x, 1500), {"BLOCK": 1024}

@@ -105,13 +105,15 @@ def test_rope_and_its_gradient(way, d, normed):
     if way.interpreted:
         out = poisoned(t, (heads + kv) * d, like=qkv) if normed else qkv[:, : (heads + kv) * d]
         w = (head_norm.q_weight, head_norm.k_weight, 1e-6) if normed else (qkv, qkv, 0.0)
-        rope._forward_kernel[(t, heads + kv)](
-            qkv, out, cos, sin, w[0], w[1], qkv.stride(0), out.stride(0), cos.stride(0), heads, w[2], D=d, HALF=16, NORM=normed
-        )
+        rope._forward_kernel[(t, 2)](
+            qkv, out, cos, sin, w[0], w[1], qkv.stride(0), out.stride(0), cos.stride(0), heads, heads + kv, w[2],
+            D=d, HALF=16, NORM=normed, HEADS=4,
+        )  # fmt: skip
         g = poisoned(*qkv.shape, like=qkv)
-        rope._backward_kernel[(t, heads + 2 * kv)](
-            *grads, before, g, cos, sin, w[0], w[1], before.stride(0), cos.stride(0), heads, kv, w[2], D=d, HALF=16, NORM=normed
-        )
+        rope._backward_kernel[(t, 2)](
+            *grads, before, g, cos, sin, w[0], w[1], before.stride(0), cos.stride(0), heads, kv, w[2],
+            D=d, HALF=16, NORM=normed, HEADS=4,
+        )  # fmt: skip
     else:
         out = rope.rope(qkv, cos, sin, heads, kv, head_norm)
         g = rope.rope_backward(*grads, before if normed else None, cos, sin, head_norm)

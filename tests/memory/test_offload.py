@@ -65,15 +65,15 @@ def test_what_came_back_is_not_computed_again(monkeypatch):
 
 def test_units_are_spread_and_come_back_in_the_order_of_backward():
     away = GateUpAway([0, 1, 2, 3], tokens=40, rows=16, away=6, columns=8, dtype=torch.float32, device=CPU)
-    assert sorted(away.slot) == [(0, 1), (1, 0), (1, 2), (2, 1), (3, 0), (3, 2)]  # every second of twelve
+    assert sorted(away.slot) == [(0, 0), (0, 2), (1, 1), (2, 0), (2, 2), (3, 1)]  # every second of twelve
     away.begin(40)
     order, unit = [], away.first
     while unit is not None:
         order.append(unit)
         unit = away.next.get(unit)
-    assert order == [(3, 0), (3, 2), (2, 1), (1, 0), (1, 2), (0, 1)]
+    assert order == [(3, 1), (2, 0), (2, 2), (1, 1), (0, 0), (0, 2)]
     away.begin(20)  # the third chunk of 16 does not exist in a pass over 20
-    assert away.first == (3, 0) and away.next == {(3, 0): (2, 1), (2, 1): (1, 0), (1, 0): (0, 1)}
+    assert away.first == (3, 1) and away.next == {(3, 1): (2, 0), (2, 0): (1, 1), (1, 1): (0, 0)}
 
 
 def test_a_store_gives_back_what_it_took():
@@ -99,7 +99,7 @@ def test_memory_that_cannot_be_pinned_is_done_without(monkeypatch):
     monkeypatch.setattr(torch, "empty", scarce)
     with pytest.warns(UserWarning, match=r"2 of 5 parts can be pinned \(CUDA error: out of memory\)"):
         away = GateUpAway(list(range(10)), tokens=8, rows=8, away=5, columns=4, dtype=torch.float32, device=CPU)
-    assert sorted(away.slot) == [(2, 0), (7, 0)] and len(away.store.host) == 2
+    assert sorted(away.slot) == [(0, 0), (5, 0)] and len(away.store.host) == 2
 
 
 @pytest.mark.gpu
