@@ -16,13 +16,14 @@ from lowvram_tuner.memory.allocator import abandon_capture
 from lowvram_tuner.train.step import Batch, FusedStep
 
 log = logging.getLogger(__name__)
+MOST = 16  # micro-batches that graphs are made of: each takes some 24 MB of an H200, at 40 layers
 Shapes = tuple[tuple[int, ...], ...]  # of the micro-batches of a pass
 
 
 class CapturedStep:
     """`FusedStep.accumulate` with graphs. A shape is run eagerly once, then captured; a failed capture stays eager."""
 
-    def __init__(self, step: FusedStep, device: torch.device, limit: int = 24) -> None:
+    def __init__(self, step: FusedStep, device: torch.device, limit: int = MOST) -> None:
         self.step, self.limit = step, limit
         self.enabled = device.type == "cuda"
         self.graphs: dict[Shapes, tuple[torch.cuda.CUDAGraph, list[Batch], torch.Tensor]] = {}
@@ -37,7 +38,7 @@ class CapturedStep:
         key = tuple((*(t.numel() for t in batch.tensors()), batch.max_len) for batch in batches)
         if key in self.graphs:
             return self._replay(key, batches)
-        if not self.enabled or key not in self.seen or len(self.graphs) >= self.limit:
+        if not self.enabled or key not in self.seen or sum(map(len, self.graphs)) + len(key) > self.limit:
             self.seen.add(key)
             return self.step.accumulate(batches, self.scale)
         return self._capture(key, batches)

@@ -32,7 +32,7 @@ from lowvram_tuner.train.passes import in_passes, parts, splits
 from lowvram_tuner.train.progress import Progress
 from lowvram_tuner.train.run_dir import RunDir
 from lowvram_tuner.train.session import Session, build_to_fit, free_memory, less, make_plan, memory_now, rebuild
-from lowvram_tuner.train.step import Batch, to_batch
+from lowvram_tuner.train.step import Batch, to_batch, to_batches
 
 T = TypeVar("T")
 
@@ -163,14 +163,13 @@ class _Run:
         while True:
             plan = self.batches.epoch(epoch)
             while position < len(plan):
-                group = []
+                flats = []
                 micro_batches = plan[position : position + config.gradient_accumulation_steps]
                 for micro_batch in (part for whole in micro_batches for part in parts(whole, self.split)):
                     flat = collate(self.prepared.train, micro_batch, config.max_seq_length, pad_to)
                     if flat.targets:
-                        sequences = _power_of_two(len(flat.cu_seqlens) - 1) if captured else 0
-                        rounding = max(64, len(flat.input_ids) // 2) if captured else 1
-                        group.append(to_batch(flat, self.session.device, config.max_seq_length, rounding, sequences))
+                        flats.append(flat)
+                group = to_batches(flats, self.session.device, config.max_seq_length, self.session.plan.together)
                 position += config.gradient_accumulation_steps
                 ended = position >= len(plan)
                 if group:
@@ -384,10 +383,6 @@ def _inner(step: Any) -> Any:
 
 def _loading(reporter: Reporter) -> Any:
     return lambda what, done, total: reporter.status("preparing", "Loading the model.", int(done), int(total), "layers")
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(3, (n - 1).bit_length())
 
 
 def _duration(seconds: float) -> str:

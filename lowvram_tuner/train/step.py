@@ -14,6 +14,7 @@ import torch
 
 from kernels.gather import gather_rows
 from kernels.norm import rms_norm, rms_norm_backward
+from lowvram_tuner.data.packing import MicroBatch
 from lowvram_tuner.lora.adapter import Adapter
 from lowvram_tuner.memory.offload import GateUpAway, HostStore
 from lowvram_tuner.memory.plan import Plan
@@ -54,6 +55,21 @@ def to_batch(flat, device: torch.device, max_len: int, round_targets: int = 64, 
     arrays = (flat.input_ids, flat.position_ids, edges, positions, labels)
     moved = [torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True) for a in arrays]
     return Batch(*moved, max_len=max_len, counted=len(targets), tokens=flat.tokens)
+
+
+def to_batches(flats: Sequence[MicroBatch], device: torch.device, max_len: int, together: int) -> list[Batch]:
+    """Micro-batches for passes of `together`. On a card each has as many targets and sequences as the fullest one of its pass,
+    in coarse steps: every mixture of shapes would be a graph of its own."""
+    batches = []
+    for begin in range(0, len(flats), together):
+        shared = flats[begin : begin + together]
+        sequences, targets = 0, 1
+        if device.type == "cuda":
+            sequences = 1 << max(3, (max(len(flat.cu_seqlens) for flat in shared) - 2).bit_length())
+            half = max(64, max(len(flat.input_ids) for flat in shared) // 2)
+            targets = -(-max(flat.targets for flat in shared) // half) * half
+        batches += [to_batch(flat, device, max_len, targets, sequences) for flat in shared]
+    return batches
 
 
 class FusedStep:

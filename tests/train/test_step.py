@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowvram_tuner.train import step as step_module
 from lowvram_tuner.train.graph import CapturedStep
 from lowvram_tuner.train.hf_step import TransformersStep
 from lowvram_tuner.train.step import FusedStep
@@ -128,6 +129,20 @@ def test_counts_of_a_batch():
     assert batch.counted == int((data.labels >= 0).sum())
     assert batch.targets.shape == batch.labels.shape and int((batch.labels >= 0).sum()) == batch.counted
     assert torch.equal(torch.from_numpy(data.labels)[batch.targets[: batch.counted]], batch.labels[: batch.counted])
+
+
+def test_the_micro_batches_of_a_pass_have_one_shape(monkeypatch):
+    """On a card; a pass is as large as its fullest micro-batch, in halves of the tokens and powers of two of sequences."""
+    flats = [counting(flat((0, 256)), targets, count) for targets, count in ((3, 1), (200, 9), (129, 17), (5, 2), (7, 3))]
+    monkeypatch.setattr(step_module, "to_batch", lambda data, device, max_len, *shape: (data.targets, *shape))
+    got = step_module.to_batches(flats, torch.device("cuda"), 256, together=2)
+    assert got == [(3, 256, 16), (200, 256, 16), (129, 256, 32), (5, 256, 32), (7, 128, 8)]
+    assert [b[1:] for b in step_module.to_batches(flats, torch.device("cpu"), 256, together=1)] == [(1, 0)] * 5
+
+
+def counting(data, targets: int, sequences: int):
+    data.targets, data.cu_seqlens = targets, np.arange(sequences + 1, dtype=np.int32)
+    return data
 
 
 # families that only transformers knows
