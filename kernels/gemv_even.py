@@ -50,6 +50,7 @@ from kernels.gemv import (
     parts_of,
     processors,
     trusted,
+    weight_of,
 )
 from kernels.gemv_even_ptx import E8P, UNIT, _load_codes, _load_x, _multiply, _store_tables
 
@@ -121,22 +122,15 @@ def _gemv_kernel(
     GROUPS: tl.constexpr, ZEROS: tl.constexpr, LAYERS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """UNITS: of UNIT columns, in a row. SPLIT: groups in the columns of four lanes; 1 where SIZE is a multiple of these. LAYERS:
-    2 where E8P has a second one. PARTS: warps that share the columns of 16 rows. A weight's programs take its tiles in turn,
-    `rounds` each, the last ones fewer."""
+    2 where E8P has a second one. PARTS: warps that share the columns of 16 rows."""
     TURNS: tl.constexpr = (UNITS + 4 * PARTS - 1) // (4 * PARTS) * LAYERS  # steps of a warp for a tile
     ROWS: tl.constexpr = 16 * (WARPS // PARTS)  # of a tile
     ALWAYS: tl.constexpr = SPLIT == 1 and UNITS % (4 * PARTS) == 0  # every lane has x in every step
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     UNIT_BYTES: tl.constexpr = 12 if KIND == 3 else 16
     ROW_BYTES: tl.constexpr = (UNITS * UNIT + 31) // 32 * KIND * 4 if KIND < 16 else UNITS * UNIT_BYTES
-    program, which = tl.program_id(0), 0
-    programs = tl.cdiv(tl.cdiv(rows0, ROWS), rounds)
-    if COUNT > 1:  # which of the stacked weights this program works on
-        programs1, programs2 = tl.cdiv(tl.cdiv(rows1, ROWS), rounds), tl.cdiv(tl.cdiv(rows2, ROWS), rounds)
-        which = (program >= programs).to(tl.int32) + (program >= programs + programs1).to(tl.int32)
-        program -= choose(which, 0, programs, programs + programs1, COUNT)
-        y_ptr += choose(which, 0, rows0, rows0 + rows1, COUNT)
-        programs = choose(which, programs, programs1, programs2, COUNT)
+    which, program, programs, first = weight_of(tl.program_id(0), rounds, rows0, rows1, rows2, ROWS, COUNT)
+    y_ptr += first
     rows, codes_ptr = choose(which, rows0, rows1, rows2, COUNT), choose(which, codes0_ptr, codes1_ptr, codes2_ptr, COUNT)
     scales_ptr, zeros_ptr = choose(which, scales0_ptr, scales1_ptr, scales2_ptr, COUNT), choose(which, zeros0_ptr, zeros1_ptr, zeros2_ptr, COUNT)
 

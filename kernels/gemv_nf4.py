@@ -47,6 +47,7 @@ from kernels.gemv import (
     parts_of,
     processors,
     trusted,
+    weight_of,
 )
 from kernels.gemv_nf4_ptx import STEP, _load_codes, _load_codes_wide, _multiply, _share, _store_tables
 
@@ -92,19 +93,12 @@ def _gemv_kernel(
     codes2_ptr, absmax2_ptr, nested2_ptr, nested_map2_ptr, offset2_ptr, map2_ptr,
     COUNT: tl.constexpr, DOUBLE: tl.constexpr, ONE: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS: of a row. ONE: x has one row. PARTS: warps that share the columns of 16 rows. A weight's programs take its tiles in
-    turn, `rounds` each, the last ones fewer."""
+    """BLOCKS: of a row. ONE: x has one row. PARTS: warps that share the columns of 16 rows."""
     TURNS: tl.constexpr = (BLOCKS + 4 * PARTS - 1) // (4 * PARTS)  # steps of a warp for a tile
     TILES: tl.constexpr = WARPS // PARTS  # of 16 rows
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
-    program, which = tl.program_id(0), 0
-    programs = tl.cdiv(tl.cdiv(rows0, 16 * TILES), rounds)
-    if COUNT > 1:  # which of the stacked weights this program works on
-        programs1, programs2 = tl.cdiv(tl.cdiv(rows1, 16 * TILES), rounds), tl.cdiv(tl.cdiv(rows2, 16 * TILES), rounds)
-        which = (program >= programs).to(tl.int32) + (program >= programs + programs1).to(tl.int32)
-        program -= choose(which, 0, programs, programs + programs1, COUNT)
-        y_ptr += choose(which, 0, rows0, rows0 + rows1, COUNT)
-        programs = choose(which, programs, programs1, programs2, COUNT)
+    which, program, programs, first = weight_of(tl.program_id(0), rounds, rows0, rows1, rows2, 16 * TILES, COUNT)
+    y_ptr += first
     rows, codes_ptr = choose(which, rows0, rows1, rows2, COUNT), choose(which, codes0_ptr, codes1_ptr, codes2_ptr, COUNT)
     absmax_ptr, nested_ptr = choose(which, absmax0_ptr, absmax1_ptr, absmax2_ptr, COUNT), choose(which, nested0_ptr, nested1_ptr, nested2_ptr, COUNT)
     nested_map_ptr = choose(which, nested_map0_ptr, nested_map1_ptr, nested_map2_ptr, COUNT)

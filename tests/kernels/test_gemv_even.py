@@ -275,10 +275,10 @@ def test_it_is_tried_once_before_it_is_trusted(told, monkeypatch, caplog):
 def test_grouped_on_a_card(bits, size, zeros, taken):
     if not gemv.capable(torch.device("cuda")):
         pytest.skip("an older card: `matmul_grouped.py` alone")
-    shapes = [((33,), 4096), ((896, 128, 128), 896), ((1, 7), 4864), ((1024,), 14336), ((4096, 1024, 1024), 4096), ((2000,), 11008)]
-    for (sizes, cols), dtype in itertools.product(shapes, (torch.float16, torch.bfloat16)):
+    cases = [((33,), 4096, torch.float16), ((896, 128, 128), 896, torch.bfloat16), ((4096, 1024), 4096, torch.bfloat16), ((1024,), 14336, torch.bfloat16)]
+    for sizes, cols, dtype in cases:
         check_grouped(sizes, cols, bits, cols if size == -1 else size, ZEROS[zeros], "cuda", dtype)
-    assert len(taken) == 2 * sum(1 + len(sizes) for sizes, _ in shapes)
+    assert len(taken) == sum(1 + len(sizes) for sizes, _, _ in cases)
 
 
 @pytest.mark.gpu
