@@ -66,16 +66,16 @@ def choose(which, first, second, third, COUNT: tl.constexpr):
 
 @triton.jit
 def weight_of(program, rounds, rows0, rows1, rows2, ROWS: tl.constexpr, COUNT: tl.constexpr):
-    """Which of COUNT stacked weights a program works on, its number there, how many work on it, and the weight's first row of y.
+    """Which of COUNT stacked weights a program works on, its number there, how many work on it, and the rows of y above its.
     A weight's programs take its tiles of ROWS in turn, `rounds` each, the last ones fewer."""
-    which, first, programs = 0, 0, tl.cdiv(tl.cdiv(rows0, ROWS), rounds)
+    which, above, programs = 0, 0, tl.cdiv(tl.cdiv(rows0, ROWS), rounds)
     if COUNT > 1:
         programs1, programs2 = tl.cdiv(tl.cdiv(rows1, ROWS), rounds), tl.cdiv(tl.cdiv(rows2, ROWS), rounds)
         which = (program >= programs).to(tl.int32) + (program >= programs + programs1).to(tl.int32)
         program -= choose(which, 0, programs, programs + programs1, COUNT)
-        first = choose(which, 0, rows0, rows0 + rows1, COUNT)
+        above = choose(which, 0, rows0, rows0 + rows1, COUNT)
         programs = choose(which, programs, programs1, programs2, COUNT)
-    return which, program, programs, first
+    return which, program, programs, above
 
 
 def _lines(*lines: str) -> tl.constexpr:

@@ -129,8 +129,8 @@ def _gemv_kernel(
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     UNIT_BYTES: tl.constexpr = 12 if KIND == 3 else 16
     ROW_BYTES: tl.constexpr = (UNITS * UNIT + 31) // 32 * KIND * 4 if KIND < 16 else UNITS * UNIT_BYTES
-    which, program, programs, first = weight_of(tl.program_id(0), rounds, rows0, rows1, rows2, ROWS, COUNT)
-    y_ptr += first
+    which, program, programs, above = weight_of(tl.program_id(0), rounds, rows0, rows1, rows2, ROWS, COUNT)
+    y_ptr += above
     rows, codes_ptr = choose(which, rows0, rows1, rows2, COUNT), choose(which, codes0_ptr, codes1_ptr, codes2_ptr, COUNT)
     scales_ptr, zeros_ptr = choose(which, scales0_ptr, scales1_ptr, scales2_ptr, COUNT), choose(which, zeros0_ptr, zeros1_ptr, zeros2_ptr, COUNT)
 

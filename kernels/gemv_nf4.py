@@ -97,8 +97,8 @@ def _gemv_kernel(
     TURNS: tl.constexpr = (BLOCKS + 4 * PARTS - 1) // (4 * PARTS)  # steps of a warp for a tile
     TILES: tl.constexpr = WARPS // PARTS  # of 16 rows
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
-    which, program, programs, first = weight_of(tl.program_id(0), rounds, rows0, rows1, rows2, 16 * TILES, COUNT)
-    y_ptr += first
+    which, program, programs, above = weight_of(tl.program_id(0), rounds, rows0, rows1, rows2, 16 * TILES, COUNT)
+    y_ptr += above
     rows, codes_ptr = choose(which, rows0, rows1, rows2, COUNT), choose(which, codes0_ptr, codes1_ptr, codes2_ptr, COUNT)
     absmax_ptr, nested_ptr = choose(which, absmax0_ptr, absmax1_ptr, absmax2_ptr, COUNT), choose(which, nested0_ptr, nested1_ptr, nested2_ptr, COUNT)
     nested_map_ptr = choose(which, nested_map0_ptr, nested_map1_ptr, nested_map2_ptr, COUNT)
