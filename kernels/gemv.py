@@ -22,7 +22,8 @@ _right: dict[tuple[torch.device, str], bool] = {}  # where which kernel was trie
 MOST_WEIGHTS = 3  # in one launch
 TILE = 16  # rows of W of one product on the tensor cores
 WARPS = 8  # of a program
-RESIDENT = 2  # programs on a multiprocessor at a time: 128 registers a thread
+RESIDENT = 2  # programs on a multiprocessor at a time
+REGISTERS = 65536 // (RESIDENT * WARPS * 32)  # a thread's then
 
 
 @lru_cache(maxsize=8)
@@ -48,12 +49,18 @@ def trusted(device: torch.device, kernel: str, tried: Callable[[torch.device], b
     return _right.get((device, kernel), False)
 
 
-def parts_of(rows: int, steps: int, processors: int) -> int:
-    """How many warps share the columns of 16 rows, `steps` of a warp: as few as fill the card, since their sums have to meet."""
-    parts = 1
-    while parts < WARPS and rows // TILE * parts < 0.8 * processors * RESIDENT * WARPS and parts < steps:
+def shares(rows: list[int], steps: int, device: torch.device) -> tuple[int, int, int]:
+    """(parts, rounds, programs) for stacked weights of so many rows, whose columns are `steps` of a warp.
+
+    parts: warps that share the columns of 16 rows, as few as fill the card, since their sums have to meet. rounds: tiles that a
+    program takes in turn.
+    """
+    parts, resident = 1, processors(device) * RESIDENT
+    while parts < WARPS and sum(rows) // TILE * parts < 0.8 * resident * WARPS and parts < steps:
         parts *= 2
-    return parts
+    tiles = [triton.cdiv(n, TILE * (WARPS // parts)) for n in rows]
+    rounds = triton.cdiv(sum(tiles), resident)
+    return parts, rounds, sum(triton.cdiv(n, rounds) for n in tiles)
 
 
 @triton.jit
@@ -86,11 +93,18 @@ LOAD_BYTE = _lines("{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0;", "@p l
 LOAD_HALF = _lines("{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0;", "@p ld.global.u16 $0, [$1]; }")
 LOAD_FLOAT = tl.constexpr("ld.global.f32 $0, [$1];")
 TAKE_FROM = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
-# 16 values of x, 32 bytes, as 8 words; zeros where $9 is 0.
-LOAD_X = _lines(
-    "{ .reg .pred p; setp.ne.s32 p, $9, 0;", *(f"mov.b32 ${i}, 0;" for i in range(8)),
-    "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$8]; @p ld.global.nc.v4.b32 {$4, $5, $6, $7}, [$8 + 16]; }",
-)  # fmt: skip
+
+
+def load_x_lines(words: int, always: bool = False) -> tl.constexpr:
+    """2 `words` values of x from $words on; unless `always`, zeros where the operand after it is 0."""
+    loads = [f"ld.global.nc.v4.b32 {{${i}, ${i + 1}, ${i + 2}, ${i + 3}}}, [${words} + {4 * i}];" for i in range(0, words, 4)]
+    if always:
+        return _lines(*loads)
+    zeros = (f"mov.b32 ${i}, 0;" for i in range(words))
+    return _lines(f"{{ .reg .pred p; setp.ne.s32 p, ${words + 1}, 0;", *zeros, *(f"@p {load}" for load in loads), "}")
+
+
+LOAD_X = load_x_lines(8)
 EIGHT_WORDS, OUT_EIGHT = tl.constexpr((tl.int32,) * 8), tl.constexpr("=r," * 8 + "l,r")
 
 

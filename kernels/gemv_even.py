@@ -38,8 +38,7 @@ import triton.language as tl
 from kernels import e8p, reference_grouped
 from kernels.gemv import (
     MOST_WEIGHTS,
-    RESIDENT,
-    TILE,
+    REGISTERS,
     WARPS,
     _load_byte,
     _load_half,
@@ -47,15 +46,14 @@ from kernels.gemv import (
     _take_from,
     capable,
     choose,
-    parts_of,
-    processors,
+    shares,
     trusted,
     weight_of,
 )
 from kernels.gemv_even_ptx import E8P, UNIT, _load_codes, _load_x, _multiply, _store_tables
 
 NO_ZEROS, BYTES, HALVES = range(3)  # how a weight's zeros are stored
-_BYTES = tl.constexpr(BYTES)
+_NO_ZEROS, _BYTES = tl.constexpr(NO_ZEROS), tl.constexpr(BYTES)
 _E8P = tl.constexpr(E8P)
 HALF_TYPES = (torch.float16, torch.bfloat16)
 COLUMNS_TRIED = 4160
@@ -71,7 +69,7 @@ def _value(ptr, index, valid):
 def _load_group(scales_ptr, zeros_ptr, index, valid, ZEROS: tl.constexpr, KIND: tl.constexpr):
     """A group's scale and zero; 0 and any zero where not `valid`."""
     scale = _value(scales_ptr, index, valid)
-    if ZEROS == 0:
+    if ZEROS == _NO_ZEROS:
         return scale, tl.full(scale.shape, 1 << (KIND - 1), tl.float32)
     elif ZEROS == _BYTES:
         return scale, _load_byte(zeros_ptr, index, valid).to(tl.float32)
@@ -231,15 +229,13 @@ def _launch(x: torch.Tensor, weights: list[tuple], kind: int, layout: dict[str, 
     rows = [len(codes) for codes, _, _ in weights]
     y = x.new_empty(1, sum(rows))
     units, unused = x.shape[1] // UNIT[kind], MOST_WEIGHTS - len(weights)
-    parts = parts_of(y.shape[1], -(-units // 4), processors(x.device))
-    tiles = [triton.cdiv(n, TILE * (WARPS // parts)) for n in rows]
-    rounds = triton.cdiv(sum(tiles), processors(x.device) * RESIDENT)
+    parts, rounds, programs = shares(rows, triton.cdiv(units, 4), x.device)
     operands = [t for weight in [*weights, *[weights[0]] * unused] for t in weight]
-    _gemv_kernel[(sum(triton.cdiv(n, rounds) for n in tiles),)](
+    _gemv_kernel[(programs,)](
         x, y, tables(x.device) if kind == E8P else x, weights[0][0] if finer is None else finer, factor, rounds,
         *rows, *[0] * unused, *operands, COUNT=len(weights), KIND=kind, UNIT=UNIT[kind], UNITS=units,
         LAYERS=1 if finer is None else 2, WARPS=WARPS, PARTS=parts, **layout,
-        num_warps=WARPS, maxnreg=65536 // (RESIDENT * WARPS * 32),
+        num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return y
 

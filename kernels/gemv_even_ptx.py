@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.gemv import WARPS, _lines
+from kernels.gemv import EIGHT_WORDS, LOAD_X, OUT_EIGHT, WARPS, _lines, load_x_lines
 
 E8P = 16  # the kind of codes whose 16 bits are eight weights; every other kind is its bits
 UNIT = {2: 64, 3: 32, 4: 32, 8: 16, E8P: 64}  # columns that a lane takes at a time
@@ -22,18 +22,8 @@ LOAD_THREE = _lines(
     "@p ld.global.b32 $0, [$3]; @p ld.global.b32 $1, [$3 + 4]; @p ld.global.b32 $2, [$3 + 8]; }",
 )
 
-
-def _load_x_lines(words: int, always: bool) -> tl.constexpr:
-    """2 `words` values of x from $words on; unless `always`, zeros where the operand after it is 0."""
-    loads = [f"ld.global.nc.v4.b32 {{${i}, ${i + 1}, ${i + 2}, ${i + 3}}}, [${words} + {4 * i}];" for i in range(0, words, 4)]
-    if always:
-        return _lines(*loads)
-    zeros = (f"mov.b32 ${i}, 0;" for i in range(words))
-    return _lines(f"{{ .reg .pred p; setp.ne.s32 p, ${words + 1}, 0;", *zeros, *(f"@p {load}" for load in loads), "}")
-
-
-LOAD_X_8, LOAD_X_16, LOAD_X_32 = (_load_x_lines(words, False) for words in (8, 16, 32))
-LOAD_ALL_8, LOAD_ALL_16, LOAD_ALL_32 = (_load_x_lines(words, True) for words in (8, 16, 32))
+LOAD_X_16, LOAD_X_32 = (load_x_lines(words) for words in (16, 32))
+LOAD_ALL_8, LOAD_ALL_16, LOAD_ALL_32 = (load_x_lines(words, always=True) for words in (8, 16, 32))
 
 TABLES = 256 + 16 + 16  # words of E8P's
 # Thread $2 copies some of the tables' words (at $1) to shared memory, an eighth of their 32 copies each: then 32 lanes that look
@@ -141,8 +131,8 @@ MULTIPLY_8_F16, MULTIPLY_8_BF16 = (MULTIPLY[8, half] for half in ("f16", "bf16")
 MULTIPLY_E8P_F16, MULTIPLY_E8P_BF16 = (MULTIPLY[E8P, half] for half in ("f16", "bf16"))
 SIX_FLOATS = tl.constexpr((tl.float32,) * 6)
 THREE_WORDS, FOUR_WORDS = tl.constexpr((tl.int32,) * 3), tl.constexpr((tl.int32,) * 4)
-EIGHT_WORDS, SIXTEEN_WORDS, MANY_WORDS = (tl.constexpr((tl.int32,) * n) for n in (8, 16, 32))
-OUT_3, OUT_4, OUT_8, OUT_16, OUT_32 = (tl.constexpr("=r," * n + "l,r") for n in (3, 4, 8, 16, 32))
+SIXTEEN_WORDS, MANY_WORDS = (tl.constexpr((tl.int32,) * n) for n in (16, 32))
+OUT_3, OUT_4, OUT_16, OUT_32 = (tl.constexpr("=r," * n + "l,r") for n in (3, 4, 16, 32))
 # of `_multiply`, by the number of its inputs
 OUT_2, OUT_23, OUT_25, OUT_17 = (tl.constexpr("=f," * 6 + ",".join("r" * n)) for n in (41, 23, 25, 17))
 
@@ -168,7 +158,7 @@ def _load_x(x_ptr, index, valid, KIND: tl.constexpr, ALWAYS: tl.constexpr):
     """x's values that a lane's codes meet, two a word; zeros where not `valid`, unless they ALWAYS are."""
     arguments = [x_ptr.to(tl.int64) + index * 2, valid.to(tl.int32)]
     if KIND == 8:
-        return tl.inline_asm_elementwise(LOAD_ALL_8 if ALWAYS else LOAD_X_8, OUT_8, arguments, EIGHT_WORDS, False, 1)
+        return tl.inline_asm_elementwise(LOAD_ALL_8 if ALWAYS else LOAD_X, OUT_EIGHT, arguments, EIGHT_WORDS, False, 1)
     elif KIND == 3 or KIND == 4:
         return tl.inline_asm_elementwise(LOAD_ALL_16 if ALWAYS else LOAD_X_16, OUT_16, arguments, SIXTEEN_WORDS, False, 1)
     else:

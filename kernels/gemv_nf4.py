@@ -34,8 +34,7 @@ import triton.language as tl
 from kernels import reference_nf4
 from kernels.gemv import (
     MOST_WEIGHTS,
-    RESIDENT,
-    TILE,
+    REGISTERS,
     WARPS,
     _load_byte,
     _load_float,
@@ -44,8 +43,7 @@ from kernels.gemv import (
     _take_from,
     capable,
     choose,
-    parts_of,
-    processors,
+    shares,
     trusted,
     weight_of,
 )
@@ -185,14 +183,12 @@ def multiply(x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_feature
     """x: [M, in], as `takes` says. 1 to MOST_WEIGHTS weights, all with double quantization or none. Returns y [M, sum of out]."""
     y = x.new_empty(x.shape[0], sum(out_features))
     blocks, unused = x.shape[1] // 64, MOST_WEIGHTS - len(packed)
-    parts = parts_of(y.shape[1], triton.cdiv(blocks, STEP), processors(x.device))
-    tiles = [triton.cdiv(n, TILE * (WARPS // parts)) for n in out_features]
-    rounds = triton.cdiv(sum(tiles), processors(x.device) * RESIDENT)
+    parts, rounds, programs = shares(out_features, triton.cdiv(blocks, STEP), x.device)
     weights = [p for weight in [*packed, *[packed[0]] * unused] for p in operands(weight)]
-    _gemv_kernel[(sum(triton.cdiv(n, rounds) for n in tiles),)](
+    _gemv_kernel[(programs,)](
         x, y, x.shape[0], y.shape[1], rounds, *out_features, *[0] * unused, *weights,
         COUNT=len(packed), DOUBLE="nested_absmax" in packed[0], ONE=x.shape[0] == 1, BLOCKS=blocks, WARPS=WARPS, PARTS=parts,
-        num_warps=WARPS, maxnreg=65536 // (RESIDENT * WARPS * 32),
+        num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return y
 

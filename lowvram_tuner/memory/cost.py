@@ -19,7 +19,7 @@ ROUNDING_BYTES = 48 * MB  # the allocator's: blocks of 512 bytes, segments of 2 
 # that took its output's memory last instead of first left 196 and 216. Few layers and many tokens can need more (233): then the
 # pass cannot be captured and runs eagerly, which gives free pages back, and costs least where the tokens are many.
 GAPS, MOST_GAPS = 24, 192 * MB
-MOST_TOGETHER = 16  # micro-batches in a layer's turn, of which each shape is a graph's
+MOST_TOGETHER = 16  # micro-batches that share a pass, and that all captured passes may have: each takes some 24 MB of graph
 HIDDEN = 0.9  # share of the arithmetic's time that transfers are planned to hide behind
 WORKSPACE_BYTES = 2 * 8519680  # cuBLAS's own, one for each stream that multiplies; `train.session` sets its size
 

@@ -98,7 +98,8 @@ class GateUpAway:
     """Which chunks' gate and up wait on the host, and in which order they come back.
 
     A unit is one chunk of tokens of one layer. The units that go are spread evenly over forward, so that the bus is busy all
-    the time, the first of each stretch, so that the last one is out before its memory is needed. layers: those that compute their MLP again. rows: tokens of a chunk; columns: 2 I.
+    the time, the first of each stretch, so that the last one is out before its memory is needed. layers: those that compute
+    their MLP again. rows: tokens of a chunk; columns: 2 I.
     """
 
     def __init__(

@@ -13,17 +13,18 @@ from collections.abc import Sequence
 import torch
 
 from lowvram_tuner.memory.allocator import abandon_capture
+from lowvram_tuner.memory.cost import MOST_TOGETHER
 from lowvram_tuner.train.step import Batch, FusedStep
 
 log = logging.getLogger(__name__)
-MOST = 16  # micro-batches that graphs are made of: each takes some 24 MB of an H200, at 40 layers
 Shapes = tuple[tuple[int, ...], ...]  # of the micro-batches of a pass
 
 
 class CapturedStep:
-    """`FusedStep.accumulate` with graphs. A shape is run eagerly once, then captured; a failed capture stays eager."""
+    """`FusedStep.accumulate` with graphs, of `limit` micro-batches in all. A shape is run eagerly once, then captured; a failed
+    capture stays eager."""
 
-    def __init__(self, step: FusedStep, device: torch.device, limit: int = MOST) -> None:
+    def __init__(self, step: FusedStep, device: torch.device, limit: int = MOST_TOGETHER) -> None:
         self.step, self.limit = step, limit
         self.enabled = device.type == "cuda"
         self.graphs: dict[Shapes, tuple[torch.cuda.CUDAGraph, list[Batch], torch.Tensor]] = {}

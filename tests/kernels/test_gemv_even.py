@@ -205,7 +205,7 @@ GROUPED = [  # rows of each weight, in, bits, group, zeros
 def test_grouped_interpreted(sizes, cols, bits, size, zeros, told, taken, monkeypatch):
     """Fewer rows than a tile, columns that end within a step, several turns, several tiles a program, each way to tell groups apart."""
     for count in (1, 100):
-        monkeypatch.setattr(gemv_even, "processors", lambda device, count=count: count)
+        monkeypatch.setattr(gemv, "processors", lambda device, count=count: count)
         check_grouped(sizes, cols, bits, size, ZEROS[zeros])
     assert len(taken) == 2 * (1 + len(sizes))
 
@@ -214,7 +214,7 @@ def test_grouped_interpreted(sizes, cols, bits, size, zeros, told, taken, monkey
 @pytest.mark.parametrize("rows, cols, second", [(33, 192, False), (7, 2240, False), (20, 320, True), (3, 2048, True)])
 def test_e8p_interpreted(rows, cols, second, told, taken, monkeypatch):
     for count in (1, 100):
-        monkeypatch.setattr(gemv_even, "processors", lambda device, count=count: count)
+        monkeypatch.setattr(gemv, "processors", lambda device, count=count: count)
         check_e8p(rows, cols, second)
     assert len(taken) == 2
 

@@ -106,7 +106,7 @@ def told(anywhere, monkeypatch):
 def test_interpreted(sizes, cols, m, double, told, monkeypatch):
     """Fewer rows than a tile, blocks that end within a step, several turns, and several tiles a program."""
     for count in (1, 100):
-        monkeypatch.setattr(gemv_nf4, "processors", lambda device, count=count: count)
+        monkeypatch.setattr(gemv, "processors", lambda device, count=count: count)
         check_stacked(sizes, cols, "cpu", torch.float16, double, m)
 
 
