@@ -26,7 +26,7 @@ from lowvram_tuner.memory.plan import Plan
 from lowvram_tuner.memory.reading import plan_chat
 from lowvram_tuner.memory.slabs import Layout, Ring, Slab, make_slab, streamed_layers
 from lowvram_tuner.models.catalogue import ModelShape, shape_from_config, shape_from_values, shape_of
-from lowvram_tuner.models.source import Source, locate
+from lowvram_tuner.models.source import Source, load_config, locate
 from lowvram_tuner.models.weights import Weights, open_weights
 from lowvram_tuner.quant.checkpoint import Reader, open_checkpoint, stored_spec
 from lowvram_tuner.quant.linear import QuantLinear
@@ -63,7 +63,7 @@ def load_model(
 ) -> Loaded:
     """Loads a model as a plan says. Raises ConfigError for files that are missing, broken or of another shape."""
     source = locate(model)
-    skeleton = build_skeleton(source.folder, source.hf_kwargs(), dtype)
+    skeleton = build_skeleton(source, dtype)
     return fill(skeleton, open_weights(source, skeleton), source, spec, plan, device, dtype, progress)
 
 
@@ -123,19 +123,12 @@ def hub_shape(model: str) -> ModelShape:
     source = locate(model)
     if source.gguf is None:
         return shape_from_config(source.folder / "config.json")
-    config = build_skeleton(source.folder, source.hf_kwargs(), torch.float32).config
-    return shape_from_values(config.to_dict(), model)
+    return shape_from_values(build_skeleton(source, torch.float32).config.to_dict(), model)
 
 
-def build_skeleton(folder: Path, hf_kwargs: dict[str, str], dtype: torch.dtype) -> nn.Module:
+def build_skeleton(source: Source, dtype: torch.dtype) -> nn.Module:
     """The model on the meta device. Only architectures that transformers itself knows are built."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **hf_kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder} has no config that transformers can read: {str(error).splitlines()[0]}") from None
-    return skeleton_from_config(config, dtype)
+    return skeleton_from_config(load_config(source), dtype)
 
 
 def skeleton_from_config(config: Any, dtype: torch.dtype) -> nn.Module:

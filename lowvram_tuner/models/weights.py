@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from lowvram_tuner.config import ConfigError
@@ -86,7 +87,10 @@ class GgufWeights(Weights):
         reader = GGUFReader(self.path)
         architecture = hf.read_field(reader, "general.architecture")[0]
         self._processor = hf.TENSOR_PROCESSORS.get(architecture, hf.TensorProcessor)(config=model.config.to_dict())
-        hf_names = hf.get_gguf_hf_weights_map(model, self._processor)
+        # The names of the whole model say all. Asked of a module with children, transformers walks every one of them and builds
+        # gguf's table of names anew for each: 6 s at 30 layers.
+        whole = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=list)
+        hf_names = hf.get_gguf_hf_weights_map(whole, self._processor)
         self._tensors = {hf_names[t.name]: t for t in reader.tensors if t.name in hf_names}
 
     def names(self) -> set[str]:

@@ -80,7 +80,7 @@ def quantize_model(
         raise QuantError(f"output={str(output)!r} is not empty; give a new folder.")
     target = torch.device(device) if device else pick_device()
     dtype = pick_dtype(target)
-    skeleton = build_skeleton(source.folder, source.hf_kwargs(), dtype)
+    skeleton = build_skeleton(source, dtype)
     spec = fitting(spec, skeleton)
     writer, fmt = writer_for(spec), quant_format(spec)
     weights = open_weights(source, skeleton)

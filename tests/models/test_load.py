@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from lowvram_tuner.config import ConfigError
 from lowvram_tuner.memory.slabs import slab_bytes
 from lowvram_tuner.models.load import Embedding, config_values, load_model
-from lowvram_tuner.models.source import locate
+from lowvram_tuner.models.source import Source, locate
+from lowvram_tuner.models.weights import GgufWeights
 from lowvram_tuner.quant.linear import QuantLinear
 from lowvram_tuner.quant.registry import resolve
 from tests.engine_cases import make_plan, model_values
@@ -241,6 +244,40 @@ def test_catalogue_shapes_build_transformers_configs():
         values = config_values(TrainConfig(model=name))
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         assert config.num_hidden_layers == values["num_hidden_layers"] and config.head_dim == values["head_dim"]
+
+
+def test_a_ggufs_config_is_read_once_and_kept_whole(demo_gguf, tmp_path, monkeypatch):
+    from transformers import AutoConfig
+
+    from lowvram_tuner.models.source import load_config
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = locate("demo")
+    read = load_config(source)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", partial(must_not_read_gguf, AutoConfig.from_pretrained))
+    kept = load_config(source)
+    named = {"_name_or_path", "transformers_version"}  # where and by whom a config was read
+    assert {k: v for k, v in kept.to_dict().items() if k not in named} == {k: v for k, v in read.to_dict().items() if k not in named}
+    assert type(kept) is type(read) and kept.num_hidden_layers == 30
+
+
+def must_not_read_gguf(read, *args, **options):
+    assert "gguf_file" not in options
+    return read(*args, **options)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2"])
+def test_a_ggufs_names_are_those_of_transformers_own_walk(family, tmp_path, monkeypatch):
+    """`GgufWeights` asks for the names of the whole model only, where transformers asks every submodule, too."""
+    from transformers import modeling_gguf_pytorch_utils as hf
+
+    model = save_model(tmp_path, family)
+    walked = hf.get_gguf_hf_weights_map(model, hf.TensorProcessor(config=model.config.to_dict()))
+    reader = SimpleNamespace(tensors=[SimpleNamespace(name=name) for name in walked])
+    monkeypatch.setattr("gguf.GGUFReader", lambda path: reader)
+    monkeypatch.setattr(hf, "read_field", lambda *_: [family])
+    weights = GgufWeights(Source(tmp_path, "a.gguf", "a"), model)
+    assert {hf_name: t.name for hf_name, t in weights._tensors.items()} == {hf_name: name for name, hf_name in walked.items()}
 
 
 @pytest.mark.slow
