@@ -187,9 +187,17 @@ def check_e8p(rows, cols, second, device="cpu", dtype=torch.float16):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """How many products the kernel of this file was given."""
-    launched, launch = [], gemv_even._launch
+    """How many products the kernel of this file was given, but those that a process tries it with once."""
+    launched, launch, trusted = [], gemv_even._launch, gemv_even.trusted
+
+    def uncounted(*arguments) -> bool:
+        before = len(launched)
+        right = trusted(*arguments)
+        del launched[before:]
+        return right
+
     monkeypatch.setattr(gemv_even, "_launch", lambda *arguments: launched.append(1) or launch(*arguments))
+    monkeypatch.setattr(gemv_even, "trusted", uncounted)
     return launched
 
 
