@@ -2,7 +2,9 @@
 
 A Sylvester matrix of size m = a b is Sylvester_a kron Sylvester_b, so a row of m values seen as [a, b] is rotated by two
 small products, S_a X S_b, which tensor cores do while the row is read and written once. The signs of S are parities of
-i & j, made in registers. Values are multiplied as a high and a low 16-bit part: both products are exact to about 2^-17.
+i & j, made in registers. Values are multiplied as a high and a low 16-bit part: both products are exact to about 2^-17. Those of
+fp32 are three bf16 parts, exact to 2^-24: a product of fp32 itself would unroll to 8 KB of stack a thread, for which CUDA sets
+aside 2 GB on a card of 132 processors as long as the program runs.
 """
 
 from __future__ import annotations
@@ -29,9 +31,16 @@ def rotate_segments(
     warps = min(8, max(1, max(rows, a) * b // 1024)) if a == 1 else min(8, max(1, m // 1024))
     _sylvester_kernel[(triton.cdiv(segments, rows),)](
         x, out, x if pre is None else pre, x if post is None else post, segments, dense, x.stride(0), out.stride(0), remaining_scale(n),
-        A=a, B=b, ROWS=rows, PRE=pre is not None, POST=post is not None, ADD=add, num_warps=warps, num_stages=1,
+        A=a, B=b, ROWS=rows, **multiplied(x.dtype, x.is_cuda), PRE=pre is not None, POST=post is not None, ADD=add, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return out
+
+
+def multiplied(dtype: torch.dtype, on_card: bool) -> dict:
+    """As which dtype, and in how many parts of it, values are multiplied. Triton's interpreter has no products of bf16."""
+    if dtype == torch.float32:
+        return {"SIGNS": tl.bfloat16, "PARTS": 3} if on_card else {"SIGNS": tl.float32, "PARTS": 1}
+    return {"SIGNS": tl.float16 if dtype == torch.float16 else tl.bfloat16, "PARTS": 2}
 
 
 @triton.jit
@@ -46,37 +55,41 @@ def _signs(SIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _right(v, s):
-    """v @ s in fp32. v: [R, B] fp32, split into two parts of s's dtype."""
-    if s.dtype == tl.float32:
-        return tl.dot(v, s, input_precision="ieee")
-    high = v.to(s.dtype)
-    low = (v - high.to(tl.float32)).to(s.dtype)
-    return tl.dot(low, s, tl.dot(high, s))
+def _right(v, s, PARTS: tl.constexpr):
+    """v @ s in fp32. v: [R, B] fp32, split into parts of s's dtype."""
+    part = v.to(s.dtype)
+    out = tl.dot(part, s)
+    for _ in tl.static_range(PARTS - 1):
+        v -= part.to(tl.float32)
+        part = v.to(s.dtype)
+        out = tl.dot(part, s, out)
+    return out
 
 
 @triton.jit
-def _left(s, v):
+def _left(s, v, PARTS: tl.constexpr):
     """s @ v in fp32. v: [A, C] fp32."""
-    if s.dtype == tl.float32:
-        return tl.dot(s, v, input_precision="ieee")
-    high = v.to(s.dtype)
-    low = (v - high.to(tl.float32)).to(s.dtype)
-    return tl.dot(s, low, tl.dot(s, high))
+    part = v.to(s.dtype)
+    out = tl.dot(s, part)
+    for _ in tl.static_range(PARTS - 1):
+        v -= part.to(tl.float32)
+        part = v.to(s.dtype)
+        out = tl.dot(s, part, out)
+    return out
 
 
 @triton.jit
 def _rotated(
     x_ptr, out_ptr, pre_ptr, post_ptr, source, target, vector, inside, scale, s_a, s_b,
-    PRE: tl.constexpr, POST: tl.constexpr, ADD: tl.constexpr, BOTH: tl.constexpr,
+    PARTS: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, ADD: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     """One tile [R, B]: load at `source`, scale, rotate, store at `target`; `vector` indexes pre and post."""
     v = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
     if PRE:
         v *= tl.load(pre_ptr + vector)
-    v = _right(v * scale, s_b)
+    v = _right(v * scale, s_b, PARTS)
     if BOTH:
-        v = _left(s_a, v)
+        v = _left(s_a, v, PARTS)
     if POST:
         v *= tl.load(post_ptr + vector)
     if ADD:
@@ -87,12 +100,11 @@ def _rotated(
 @triton.jit
 def _sylvester_kernel(
     x_ptr, out_ptr, pre_ptr, post_ptr, segments, dense, x_stride, out_stride, scale,
-    A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, SIGNS: tl.constexpr, PARTS: tl.constexpr,
     PRE: tl.constexpr, POST: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Segment g is columns (g % dense) * A * B.. of row g // dense. x: [rows, dense * A * B]."""
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    s_b = _signs(B, DTYPE)
+    s_b = _signs(B, SIGNS)
     column = tl.arange(0, B)[None, :]
     first = tl.program_id(0) * ROWS
     if A == 1:
@@ -101,9 +113,9 @@ def _sylvester_kernel(
         source = (segment // dense).to(tl.int64) * x_stride + vector
         target = (segment // dense).to(tl.int64) * out_stride + vector
         inside = segment + column * 0 < segments
-        _rotated(x_ptr, out_ptr, pre_ptr, post_ptr, source, target, vector, inside, scale, s_b, s_b, PRE, POST, ADD, False)
+        _rotated(x_ptr, out_ptr, pre_ptr, post_ptr, source, target, vector, inside, scale, s_b, s_b, PARTS, PRE, POST, ADD, False)
     else:
-        s_a = _signs(A, DTYPE)
+        s_a = _signs(A, SIGNS)
         inner = tl.arange(0, A)[:, None] * B + column  # tile [A, B]
         for i in range(ROWS):
             segment = first + i
@@ -111,4 +123,4 @@ def _sylvester_kernel(
             source = (segment // dense).to(tl.int64) * x_stride + vector
             target = (segment // dense).to(tl.int64) * out_stride + vector
             inside = segment + inner * 0 < segments
-            _rotated(x_ptr, out_ptr, pre_ptr, post_ptr, source, target, vector, inside, scale, s_a, s_b, PRE, POST, ADD, True)
+            _rotated(x_ptr, out_ptr, pre_ptr, post_ptr, source, target, vector, inside, scale, s_a, s_b, PARTS, PRE, POST, ADD, True)

@@ -1,18 +1,22 @@
 """Compiling kernels for real cards without one: Triton's compiler and PTX assembler run on any machine.
 
-Shared memory is held to what the smallest card of a generation has: 64 KB on Turing, 99 KB on consumer Ampere and Ada.
+Shared memory is held to what the smallest card of a generation has: 64 KB on Turing, 99 KB on consumer Ampere and Ada. The stack,
+where spilled registers go, is held small, since CUDA sets it aside for every thread that the card can hold.
 The compiling happens in a process of its own, since the other tests interpret the kernels.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 LIMITS = {75: 64 * 1024, 80: 99 * 1024, 90: 99 * 1024}  # bytes of shared memory by compute capability
+STACK = 512  # bytes a thread: 24 MB on a laptop card of 30 processors with 1536 threads each
 
 
 def compiled(file: str, capability: int, root: Path) -> int:
@@ -38,8 +42,21 @@ def main(cases: Callable[..., Iterable[tuple]], limits: dict[int, int] = LIMITS)
         options = dict(zip(("num_warps", "num_stages", "maxnreg"), launch))
         done = kernel.warmup(*arguments, grid=(1,), **constants, **options)
         assert done.metadata.shared <= limits[capability], (kernel.__name__, constants, done.metadata.shared)
+        spilled = stack(done.asm["cubin"])
+        assert spilled <= STACK, (kernel.__name__, constants, spilled)
         count += 1
     print(count)
+
+
+def stack(cubin: bytes) -> int:
+    """Bytes of stack a thread, as the assembler reports them."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return max(map(int, re.findall(r"STACK:(\d+)", said.stdout)))
 
 
 class _Driver:

@@ -1,5 +1,7 @@
 """QuIP#'s kernels compile for real cards, within the shared memory of the smallest ones."""
 
+import itertools
+
 import pytest
 
 pytest.importorskip("triton")
@@ -38,9 +40,9 @@ def cases(half, multiplies):
                 yield matmul_e8p._matrix_kernel, (*sizes, 17), {"KIND": kind, "ROWS": 16, "GROUPS": 16, "BATCH": batch}, 2, 3
     if multiplies:
         for a, b, rows, warps in ((1, 16, 256, 4), (1, 128, 32, 4), (16, 16, 4, 1), (32, 32, 1, 1), (64, 64, 4, 4), (64, 128, 4, 8)):
-            for pre, post in ((True, False), (False, True)):
-                flags = {"A": a, "B": b, "ROWS": rows, "PRE": pre, "POST": post, "ADD": post}
-                arguments = (x, x, f32 if pre else x, f32 if post else x, 4096, 28, 14336, 14336, 0.1)
+            for pre, v in itertools.product((True, False), (x, f32)):
+                flags = {"A": a, "B": b, "ROWS": rows, "PRE": pre, "POST": not pre, "ADD": not pre, **hadamard_kernel.multiplied(v.dtype, True)}
+                arguments = (v, v, f32 if pre else v, v if pre else f32, 4096, 28, 14336, 14336, 0.1)
                 yield hadamard_kernel._sylvester_kernel, arguments, flags, warps, 1
 
 
