@@ -3,8 +3,8 @@
 A Sylvester matrix of size m = a b is Sylvester_a kron Sylvester_b, so a row of m values seen as [a, b] is rotated by two
 small products, S_a X S_b, which tensor cores do while the row is read and written once. The signs of S are parities of
 i & j, made in registers. Values are multiplied as a high and a low 16-bit part: both products are exact to about 2^-17. Those of
-fp32 are three bf16 parts, exact to 2^-24: a product of fp32 itself would unroll to 8 KB of stack a thread, for which CUDA sets
-aside 2 GB on a card of 132 processors as long as the program runs.
+fp32 are three bf16 parts, which lose nothing: a product of fp32 itself would unroll to 8 KB of stack a thread, for which CUDA
+sets aside 2 GB on a card of 132 processors as long as the program runs.
 """
 
 from __future__ import annotations

@@ -19,8 +19,10 @@ SIZES = {
 OWN_SIZES = {5632: 44, 4864: 76, 18944: 148, 17408: 68, 25600: 200}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative RMS error against fp64: a 16-bit result's own rounding is 2.9e-4 (fp16) for the two roundings of a size with a
-# dense factor and 2.1e-4 for one rounding; fp32 measured at most 2.8e-7.
+# dense factor and 2.1e-4 for one rounding; fp32 measured at most 2.8e-7 on the CPU and,
+# since tensor cores cut off what does not fit their sums, 8.1e-7 on a card.
 LIMIT = {"fp32": 6e-7, "fp16": 4e-4, "bf16": 3.2e-3}
+LIMIT_CARD = LIMIT | {"fp32": 1.2e-6}
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def check_kernel(n: int, dtype: str, transposed: bool, scaled: str, rows: int, d
         want = want * post + 0.5
     got = hadamard.rotate_with_kernel(x, transposed, pre, post, out, add=scaled == "post")
     assert got is out
-    assert error(got, want) < LIMIT[dtype]
+    assert error(got, want) < (LIMIT if device == "cpu" else LIMIT_CARD)[dtype]
 
 
 @pytest.mark.parametrize("scaled", ["plain", "pre", "post"])
