@@ -188,7 +188,8 @@ class TrainTab:
             button.click(action, inputs, self.outputs, trigger_mode="once", **raw)
         ticking = {"fn": self.tick, "inputs": [*inputs, self.locked], "outputs": [*self.outputs, self.locked], **raw}
         self.form.wire(page, self.locked, QUIET).then(**ticking)
-        timer.tick(trigger_mode="once", **ticking)
+        # Gradio rewrites a hidden progress display in every output of an event, once as it begins and once as it ends. The timer has none.
+        timer.tick(trigger_mode="once", show_progress_on=timer, **ticking)
 
     def tick(self, *values: Any) -> Update:
         """Once a second: what changed by itself, and whether a run has taken or left the controls."""
