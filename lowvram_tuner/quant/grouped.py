@@ -24,6 +24,8 @@ UNIT = 32  # codes that fill whole 32-bit words at every width
 class GroupedFormat(QuantFormat):
     """packed: qweight int32 [out, words], scales, and where the format has them qzeros and g_idx."""
 
+    # On an H100 16 rows of 4096 x 14336 take 65, 114 and 76 us at 2, 3 and 4 bits, and 102 to 106 with dequantize and cuBLAS. 3 bits
+    # stay so nevertheless: the other way moves 11 times the bytes, which a laptop's card has not to spare.
     fused_rows: ClassVar[int] = 16
 
     def __init__(self, spec) -> None:
