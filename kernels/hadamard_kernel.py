@@ -55,26 +55,13 @@ def _signs(SIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _right(v, s, PARTS: tl.constexpr):
-    """v @ s in fp32. v: [R, B] fp32, split into parts of s's dtype."""
-    part = v.to(s.dtype)
-    out = tl.dot(part, s)
-    for _ in tl.static_range(PARTS - 1):
-        v -= part.to(tl.float32)
+def _times(v, s, LEFT: tl.constexpr, PARTS: tl.constexpr):
+    """v @ s, or s @ v if LEFT, in fp32. v: fp32 [R, B], split into parts of s's dtype."""
+    out = tl.zeros_like(v)
+    for _ in tl.static_range(PARTS):
         part = v.to(s.dtype)
-        out = tl.dot(part, s, out)
-    return out
-
-
-@triton.jit
-def _left(s, v, PARTS: tl.constexpr):
-    """s @ v in fp32. v: [A, C] fp32."""
-    part = v.to(s.dtype)
-    out = tl.dot(s, part)
-    for _ in tl.static_range(PARTS - 1):
+        out = tl.dot(s, part, out) if LEFT else tl.dot(part, s, out)
         v -= part.to(tl.float32)
-        part = v.to(s.dtype)
-        out = tl.dot(s, part, out)
     return out
 
 
@@ -87,9 +74,9 @@ def _rotated(
     v = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
     if PRE:
         v *= tl.load(pre_ptr + vector)
-    v = _right(v * scale, s_b, PARTS)
+    v = _times(v * scale, s_b, False, PARTS)
     if BOTH:
-        v = _left(s_a, v, PARTS)
+        v = _times(v, s_a, True, PARTS)
     if POST:
         v *= tl.load(post_ptr + vector)
     if ADD:
