@@ -83,16 +83,21 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_config(source: Source) -> PreTrainedConfig:
-    """The model's transformers config. ConfigError for one that transformers cannot read without code from the model's folder."""
+    """The model's transformers config, under the model's public id. ConfigError for one that transformers cannot read without code
+    from the model's folder."""
     from transformers import AutoConfig
 
     try:
         kept = _kept(source, "configs")
         if kept and kept.is_dir():
-            return AutoConfig.from_pretrained(kept)
-        return _keep(AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True, **source.hf_kwargs()), kept)
+            config = AutoConfig.from_pretrained(kept)
+        else:
+            options = {"trust_remote_code": False, "local_files_only": True, **source.hf_kwargs()}
+            config = _keep(AutoConfig.from_pretrained(source.folder, **options), kept)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{source.folder} has no config that transformers can read: {str(error).splitlines()[0]}") from None
+    config._name_or_path = source.public_id
+    return config
 
 
 def _kept(source: Source, kind: str) -> Path | None:
