@@ -69,15 +69,19 @@ def locate(model: str, download: Callable[[str], Path] | None = None) -> Source:
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer with its chat template. The demo model needs no network."""
     source = locate(model)
-    try:
-        kept = _kept(source, "tokenizers")
-        if kept and kept.is_dir():
-            from transformers import PreTrainedTokenizerFast
 
-            return PreTrainedTokenizerFast.from_pretrained(kept)
+    def from_kept(folder: Path) -> PreTrainedTokenizerBase:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def from_model() -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer  # brings torch with it
 
-        return _keep(AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **source.hf_kwargs()), kept)
+        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **source.hf_kwargs())
+
+    try:
+        return _read_once(source, "tokenizers", from_kept, from_model)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the tokenizer of model={model!r} cannot be read: {str(error).splitlines()[0]}") from None
 
@@ -87,40 +91,37 @@ def load_config(source: Source) -> PreTrainedConfig:
     from the model's folder."""
     from transformers import AutoConfig
 
+    def from_model() -> PreTrainedConfig:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True, **source.hf_kwargs())
+
     try:
-        kept = _kept(source, "configs")
-        if kept and kept.is_dir():
-            config = AutoConfig.from_pretrained(kept)
-        else:
-            options = {"trust_remote_code": False, "local_files_only": True, **source.hf_kwargs()}
-            config = _keep(AutoConfig.from_pretrained(source.folder, **options), kept)
+        config = _read_once(source, "configs", AutoConfig.from_pretrained, from_model)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{source.folder} has no config that transformers can read: {str(error).splitlines()[0]}") from None
     config._name_or_path = source.public_id
     return config
 
 
-def _kept(source: Source, kind: str) -> Path | None:
-    """Where what was read from a GGUF's header is kept, in the user's cache: reading it takes seconds, for its vocabulary is in it,
-    value by value. None for other models."""
+def _read_once(source: Source, kind: str, from_kept: Callable[[Path], Any], from_model: Callable[[], Any]) -> Any:
+    """A tokenizer or config. What a GGUF's header says is kept in the user's cache: reading it takes seconds, for its vocabulary is in
+    it, value by value. What was kept and cannot be read is made anew; without a place to write, every time."""
     if not source.gguf:
-        return None
+        return from_model()
     import transformers
 
     file = (source.folder / source.gguf).stat()
     mark = f"{source.folder / source.gguf} {file.st_size} {file.st_mtime_ns} {transformers.__version__}"
     home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-    return Path(home) / "lowvram-tuner" / kind / hashlib.sha256(mark.encode()).hexdigest()[:20]
-
-
-def _keep(read: Any, folder: Path | None) -> Any:
-    """Saves a tokenizer or config under a temporary name and renames it; without a place to write it is read anew each time."""
-    if folder:
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        with contextlib.suppress(OSError):
-            read.save_pretrained(temporary)
-            temporary.replace(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
+    kept = Path(home) / "lowvram-tuner" / kind / hashlib.sha256(mark.encode()).hexdigest()[:20]
+    if kept.is_dir():
+        with contextlib.suppress(Exception):  # damaged files fail in as many ways as there are parsers
+            return from_kept(kept)
+        shutil.rmtree(kept, ignore_errors=True)
+    read, temporary = from_model(), kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        read.save_pretrained(temporary)
+        temporary.replace(kept)
+    shutil.rmtree(temporary, ignore_errors=True)
     return read
 
 

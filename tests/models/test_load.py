@@ -260,6 +260,20 @@ def test_a_ggufs_config_is_read_once_and_kept_whole(demo_gguf, tmp_path, monkeyp
     assert kept.num_hidden_layers == 30 and kept._name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+@pytest.mark.parametrize("damage", [lambda f: f.write_text("{"), lambda f: f.unlink()], ids=["cut", "missing"])
+def test_what_was_kept_of_a_gguf_and_is_damaged_is_made_anew(damage, demo_gguf, tmp_path, monkeypatch):
+    from lowvram_tuner.models.source import load_config, load_tokenizer
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config, words = load_config(locate("demo")), load_tokenizer("demo").get_vocab()
+    files = [*tmp_path.glob("**/config.json"), *tmp_path.glob("**/tokenizer.json")]
+    assert len(files) == 2
+    for file in files:
+        damage(file)
+    assert load_config(locate("demo")).to_dict() == config.to_dict() and load_tokenizer("demo").get_vocab() == words
+    assert all(len(file.read_text(encoding="utf-8")) > 100 for file in files)
+
+
 def must_not_read_gguf(read, *args, **options):
     assert "gguf_file" not in options
     return read(*args, **options)
