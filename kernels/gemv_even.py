@@ -8,8 +8,10 @@ tensor core's operand by a shift and one logical operation, and neither scale no
 
     sum of w x = scale * (sum of (base + code) x - (base + zero) * sum of x)
 
-where the sum of x is another product, by ones, in the same places. The two codes lie 16 bits apart, which is no neighbour: x's
-pairs are made to match. bf16 has room for 7 bits, so the halves of an 8-bit code are taken one after the other.
+where the sum of x is another product, with x on the left and ones on the right: half the products of ones on the left. The two
+codes lie 16 bits apart, which is no neighbour: x's pairs are made to match. A mantissa of bf16 has room for 7 bits. So three codes
+of 2 bits are taken from one shifted word, where they stand, each place with sums of its own that count 1, 1/4 and 1/16; and the
+halves of an 8-bit code are taken one after the other.
 
 A code of E8P is eight weights: 2 v + 8 of a vector |v| by its lower byte, changed by its signs and its shift, the upper byte. 2 v
 is odd, so its last bit says nothing, and can say whether the code's shift is up or down instead; a change of sign is an
@@ -22,9 +24,12 @@ group, with zeros where a lane has another group's codes. What a step needs is a
 the registers hold stay on a multiprocessor and walk over the tiles. The order of a sum is fixed.
 
 As one graph, bf16, 4096 x 14336, on an H100: gptq at 4 bits 15.7 us, which is 64 % of what a copy moves (with scalar products it
-took 32), 8 bits 27.3 (73 %), 3 bits 16.2 (47 %), 2 bits 14.8 (35 %), E8P 16.5 (30 %), zeros included 1.4 more. y's error is 1.7e-3.
-Of these about 5 us are a launch, the first load and the sums' meeting. What bounds 3 bits and less is not memory but issue: 2 to 3
-instructions a weight, half of them the decoding; unrolling by two helps where the registers allow it (2 bits and E8P: slower).
+took 32), 8 bits 27.2 (73 %), 3 bits 16.5 (46 %), 2 bits 12.9 (40 %; 14.7 with a shift for every pair and sums of x from ones), E8P
+19.7 (25 %). y's error is 1.7e-3. Of these about 5 us are a launch, the first load and the sums' meeting. What bounds 3 bits and less
+is not memory but issue: 2 to 3 instructions a weight, half of them the decoding; unrolling by two helps where the registers allow
+it (2 bits and E8P: slower). Tried in vain: addresses carried along instead of computed (2 % fewer instructions), and launches
+that overlap (programmatic dependent launch), by which a chain of products alone takes 1.3 to 2 us less each, but a token of the
+8B model as long as before (347 and 352 tokens/s), since between two products there are a norm, attention or SwiGLU.
 """
 
 from __future__ import annotations
@@ -112,9 +117,16 @@ def _load_step(
     return read
 
 
+@triton.jit
+def _x_of(x_ptr, nothing_ptr, unit, mine, KIND: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr):
+    """x's values of a unit; zeros where it is not `mine` or there is none."""
+    there = mine & (unit < UNITS)
+    return _load_x(tl.where(there, x_ptr.to(tl.int64) + unit * (UNIT * 2), nothing_ptr.to(tl.int64)), KIND)
+
+
 @triton.jit(do_not_specialize=["rounds"])
 def _gemv_kernel(
-    x_ptr, y_ptr, tables_ptr, finer_ptr, finer_factor, rounds, rows0, rows1, rows2,
+    x_ptr, y_ptr, nothing_ptr, tables_ptr, finer_ptr, finer_factor, rounds, rows0, rows1, rows2,
     codes0_ptr, scales0_ptr, zeros0_ptr, codes1_ptr, scales1_ptr, zeros1_ptr, codes2_ptr, scales2_ptr, zeros2_ptr,
     COUNT: tl.constexpr, KIND: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, SPLIT: tl.constexpr, SIZE: tl.constexpr,
     GROUPS: tl.constexpr, ZEROS: tl.constexpr, LAYERS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
@@ -123,7 +135,6 @@ def _gemv_kernel(
     2 where E8P has a second one. PARTS: warps that share the columns of 16 rows."""
     TURNS: tl.constexpr = (UNITS + 4 * PARTS - 1) // (4 * PARTS) * LAYERS  # steps of a warp for a tile
     ROWS: tl.constexpr = 16 * (WARPS // PARTS)  # of a tile
-    ALWAYS: tl.constexpr = SPLIT == 1 and UNITS % (4 * PARTS) == 0  # every lane has x in every step
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     UNIT_BYTES: tl.constexpr = 12 if KIND == 3 else 16
     ROW_BYTES: tl.constexpr = (UNITS * UNIT + 31) // 32 * KIND * 4 if KIND < 16 else UNITS * UNIT_BYTES
@@ -134,10 +145,8 @@ def _gemv_kernel(
 
     thread = tl.arange(0, WARPS * 32)
     lane, part = thread % 32, thread // 32 % PARTS
-    # A lane's column of x is that of the group of its codes. Of one group, all columns are alike, and the first one counts.
-    mine = lane // 4 == lane % 4 * SPLIT // 4
-    unit = part * 4 + lane % 4
-    x = _load_x(x_ptr, unit * UNIT, mine & (unit < UNITS), KIND, ALWAYS)
+    # A lane's column of x is that of the group of its codes. Of one group, all columns are alike.
+    mine = (lane // 4 == lane % 4 * SPLIT // 4) | (SPLIT == 1)
     # Two steps are asked for ahead, of the tile that they belong to (its first row), which may be the next one.
     tile, turn = program * ROWS, 0
     soon = _load_step(
@@ -151,9 +160,9 @@ def _gemv_kernel(
     )  # fmt: skip
     if KIND == _E8P:
         _store_tables(tables_ptr, thread)
-    # What stands for zero in a sum of base + code; of 8 bits the sum of x is there twice.
-    HALF: tl.constexpr = 0.5 if KIND == 8 else 1.0
-    BASE: tl.constexpr = (1088.0 if KIND == 8 else 128.0) if BF16 else 1024.0
+    x = _x_of(x_ptr, nothing_ptr, part * 4 + lane % 4, mine, KIND, UNIT, UNITS)
+    # What a code is or-ed into; of 8 bits, the halves' together.
+    BASE: tl.constexpr = (2176.0 if KIND == 8 else 128.0) if BF16 else (2048.0 if KIND == 8 else 1024.0)
     for first in range(program * ROWS, rows, programs * ROWS):
         sum0 = tl.zeros((WARPS * 32,), dtype=tl.float32)
         sum1 = sum0
@@ -167,18 +176,22 @@ def _gemv_kernel(
             )  # fmt: skip
             c = _multiply(now[0], now[1], x, lane, KIND, BF16)
             ahead = tl.where(this == TURNS - 1, 0, this + 1) // LAYERS
-            unit = (ahead * PARTS + part) * 4 + lane % 4
-            x = _load_x(x_ptr, unit * UNIT, mine & (unit < UNITS), KIND, ALWAYS)
+            x = _x_of(x_ptr, nothing_ptr, (ahead * PARTS + part) * 4 + lane % 4, mine, KIND, UNIT, UNITS)
             if KIND == _E8P:
                 factor = 0.5 if LAYERS == 1 else tl.where(this % 2 == 0, 0.5, 0.5 * finer_factor)
                 sum0 += (c[0] - (BASE + 7.5) * c[4]) * factor
                 sum1 += (c[2] - (BASE + 7.5) * c[4]) * factor
-            else:
-                sum0 += (c[0] - (BASE + HALF * now[2][1]) * c[4]) * now[2][0]
-                sum1 += (c[2] - (BASE + HALF * now[3][1]) * c[4]) * now[3][0]
-                if SPLIT > 1:
-                    sum0 += (c[1] - (BASE + HALF * now[4][1]) * c[5]) * now[4][0]
-                    sum1 += (c[3] - (BASE + HALF * now[5][1]) * c[5]) * now[5][0]
+            elif SPLIT == 1:
+                sum0 += (c[0] - BASE * c[4] - now[2][1] * c[5]) * now[2][0]
+                sum1 += (c[2] - BASE * c[4] - now[3][1] * c[5]) * now[3][0]
+            else:  # the sums of the lane's two columns, from lanes that hold these
+                column = lane % 4 * 8
+                of_x0, of_x1 = _take_from(c[5], column), _take_from(c[5], column + 4)
+                base0, base1 = BASE * of_x0, BASE * of_x1
+                if KIND == 2:
+                    base0, base1 = BASE * _take_from(c[4], column), BASE * _take_from(c[4], column + 4)
+                sum0 += (c[0] - base0 - now[2][1] * of_x0) * now[2][0] + (c[1] - base1 - now[4][1] * of_x1) * now[4][0]
+                sum1 += (c[2] - base0 - now[3][1] * of_x0) * now[3][0] + (c[3] - base1 - now[5][1] * of_x1) * now[5][0]
         if SPLIT == 4:
             sum0, sum1 = sum0 + _take_from(sum0, lane ^ 1), sum1 + _take_from(sum1, lane ^ 1)
         y = _meet(sum0, sum1, thread, PARTS)
@@ -232,7 +245,7 @@ def _launch(x: torch.Tensor, weights: list[tuple], kind: int, layout: dict[str, 
     parts, rounds, programs = shares(rows, triton.cdiv(units, 4), x.device)
     operands = [t for weight in [*weights, *[weights[0]] * unused] for t in weight]
     _gemv_kernel[(programs,)](
-        x, y, tables(x.device) if kind == E8P else x, weights[0][0] if finer is None else finer, factor, rounds,
+        x, y, nothing(x.device), tables(x.device) if kind == E8P else x, weights[0][0] if finer is None else finer, factor, rounds,
         *rows, *[0] * unused, *operands, COUNT=len(weights), KIND=kind, UNIT=UNIT[kind], UNITS=units,
         LAYERS=1 if finer is None else 2, WARPS=WARPS, PARTS=parts, **layout,
         num_warps=WARPS, maxnreg=REGISTERS,
@@ -266,6 +279,12 @@ def _e8p_tried(device: torch.device) -> bool:
 def _close(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> bool:
     wanted = x.double() @ w.double().t()
     return bool((y.cpu().double() - wanted).norm() <= 1e-3 * wanted.norm())
+
+
+@lru_cache(maxsize=8)
+def nothing(device: torch.device) -> torch.Tensor:
+    """x of lanes that have none: zeros, as many as a unit's."""
+    return torch.zeros(max(UNIT.values()), dtype=torch.int16, device=device)
 
 
 @lru_cache(maxsize=8)

@@ -54,7 +54,7 @@ def cases(half, multiplies):
             unit = gemv_even.UNIT[kind]
             flags = {"COUNT": layers % 2 + 1, "KIND": kind, "UNIT": unit, "UNITS": 4096 // unit, "SPLIT": split, "SIZE": 128, "GROUPS": 32,
                      "ZEROS": zeros, "LAYERS": layers, "WARPS": gemv_even.WARPS, "PARTS": parts}  # fmt: skip
-            arguments = (t(dtype), t(dtype), t(torch.int32), codes, 0.3, 2, 4096, 1024 * (layers % 2), 0, *weight * 3)
+            arguments = (t(dtype), t(dtype), t(torch.int16), t(torch.int32), codes, 0.3, 2, 4096, 1024 * (layers % 2), 0, *weight * 3)
             yield gemv_even._gemv_kernel, arguments, flags, gemv_even.WARPS, 3, 128
     for group, d, width in ((4, 128, 128), (7, 80, 128), (1, 256, 256)):
         tile = {"GROUP": group, "QUERIES": 16, "D": d, "WIDTH": width, "BLOCK": 64 if width <= 128 else 32}

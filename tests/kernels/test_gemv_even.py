@@ -63,34 +63,40 @@ def codes_of(kind: int, words: list[int]) -> list[float]:
 @pytest.mark.parametrize("half", ["f16", "bf16"])
 @pytest.mark.parametrize("kind", UNIT)
 def test_operands_are_base_and_code_and_meet_their_x(kind, half):
-    """Every register of a row holds two codes, the pair of x beside it their two columns, and each column is met once (of 8
-    bits in two halves)."""
+    """Every register of a row holds two codes at its place above base, the pair of x beside it their two columns, and each
+    column is met once (of 8 bits in two halves)."""
     rng = np.random.default_rng(kind)
     tables = np.repeat(gemv_even.tables(torch.device("cpu")).numpy().view(np.uint32), 32)  # there for each lane
     lane = int(rng.integers(32))
     for words in (rng.integers(0, 1 << 32, WORDS[kind]).tolist(), [0] * WORDS[kind], [0xFFFFFFFF] * WORDS[kind]):
         x = [2 * i + 1 << 16 | 2 * i for i in range(UNIT[kind] // 2)]  # the columns themselves
         registers = {f"w{i}": word for i, word in enumerate(words)} | {f"x{i}": word for i, word in enumerate(x)} | {"table": 4 * lane}
-        lines, count = gemv_even_ptx._operands(kind, half, "a", [f"w{i}" for i in range(WORDS[kind])])
+        lines, places = gemv_even_ptx._operands(kind, half, "a", [f"w{i}" for i in range(WORDS[kind])])
         order, pairs = gemv_even_ptx._pairs(kind, [f"x{i}" for i in range(len(x))])
         registers = evaluated(order + lines, registers, tables)
-        assert len(pairs) == count == 16 * (1 + (UNIT[kind] == 64))
-        got = np.zeros(UNIT[kind])
-        for i, pair in enumerate(pairs):
+        assert len(pairs) == len(places) == 16 * (1 + (UNIT[kind] == 64))
+        base = ((2176 if half == "bf16" else 2048) if kind == 8 else 1024 if half == "f16" else 128)
+        got, bases = np.zeros(UNIT[kind]), np.zeros(UNIT[kind])
+        for i, (pair, place) in enumerate(zip(pairs, places)):
             for column, value in zip((registers[pair] & 0xFFFF, registers[pair] >> 16), halves(registers[f"a{i}"], half)):
-                got[column] += value
-        base = 1024 if half == "f16" else 128
-        np.testing.assert_array_equal(got, np.array(codes_of(kind, words)) + ((2176 if half == "bf16" else 2048) if kind == 8 else base))
+                got[column] += value / 2**place
+                bases[column] = base / 2**place
+        np.testing.assert_array_equal(got - bases, codes_of(kind, words))
 
 
 def test_a_product_takes_every_operand_once():
+    """With others of its place, and x's sum takes every pair of x once, by the same place."""
     for (kind, half), text in gemv_even_ptx.MULTIPLY.items():
-        operands = re.findall(r"\{c0, c1, c2, c3\}, \{(a\d+), (b\d+), (a\d+), (b\d+)\}, \{(p\d+), (p\d+)\}", text.value)
-        count = 16 * (1 + (UNIT[kind] == 64))
+        _, places = gemv_even_ptx._operands(kind, half, "a", ["w"] * 4)
         _, pairs = gemv_even_ptx._pairs(kind, ["x"] * (UNIT[kind] // 2))
-        wanted = [(f"a{i}", f"b{i}", f"a{i + 1}", f"b{i + 1}", pairs[i], pairs[i + 1]) for i in range(0, count, 2)]
-        assert operands == wanted, (kind, half)
-        assert text.value.count("one, one, one, one") == count // 2
+        taken = []
+        for place, *operands, sums in re.findall(r"\{c(\d)_0, .*?\}, \{a(\d+), b(\d+), a(\d+), b(\d+)\}, \{(p\d+), (p\d+)\}, \{c(\d)_0, ", text.value):
+            i, j = int(operands[0]), int(operands[2])
+            assert operands == [str(i), str(i), str(j), str(j), pairs[i], pairs[j]] and {places[i], places[j]} == {int(place)} == {int(sums)}
+            taken += [i, j]
+        assert sorted(taken) == list(range(len(places))), (kind, half)
+        summed = [(names.split(", "), int(place)) for names, place in re.findall(r"\{d0, d1, d2, d3\}, \{(p.*?)\}, \{w(\d), w\2\}", text.value)]
+        assert sorted((name, place) for names, place in summed for name in names) == sorted(set(zip(pairs, places))), (kind, half)
 
 
 @pytest.fixture
@@ -108,9 +114,8 @@ def told(anywhere, monkeypatch):
     def codes(ptr, index, valid, KIND):
         return tuple(values(ptr, tl.where(valid, index // 4 + i, 0), tl.int32) for i in range(3 if KIND == 3 else 4))
 
-    def load_x(ptr, index, valid, KIND, ALWAYS):
-        valid = valid | ALWAYS
-        return tuple(values(ptr, tl.where(valid, index + i, 0), tl.float16).to(tl.float32) * valid for i in range(UNIT[int(KIND)]))
+    def load_x(address, KIND):
+        return tuple(tl.load((address + 2 * i).to(tl.pointer_type(tl.float16))).to(tl.float32) for i in range(UNIT[int(KIND)]))
 
     def code(words, i, kind):
         if kind == E8P:
@@ -125,15 +130,16 @@ def told(anywhere, monkeypatch):
 
     def multiply(first, second, x, lane, KIND, BF16):
         kind = int(KIND)
-        base, times = (2048.0, 2.0) if kind == 8 else (1024.0, 1.0)
+        base = 2048.0 if kind == 8 else 1024.0
         sums = [tl.zeros(lane.shape, tl.float32)] * 6
-        ones = tl.zeros(lane.shape, tl.float32) + times
+        ones = tl.zeros(lane.shape, tl.float32) + 1.0
         for i in range(UNIT[kind]):
+            weight = 0.25 if kind == 2 and i % 2 else 1.0  # as if these codes stood two bits higher
             for row, words in ((0, first), (1, second)):
-                part = product(code(words, i, kind).to(tl.float32) + base, x[i])
+                part = product(code(words, i, kind).to(tl.float32) + base * weight, x[i])
                 sums[2 * row], sums[2 * row + 1] = sums[2 * row] + part[0], sums[2 * row + 1] + part[1]
-            part = product(ones, x[i])
-            sums[4], sums[5] = sums[4] + part[0], sums[5] + part[1]
+            part = product(x[i], ones)[0]
+            sums[4], sums[5] = sums[4] + part * weight, sums[5] + part
         return tuple(sums)
 
     def narrow(ptr, index, valid, kind):
