@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 _right: dict[tuple[torch.device, str], bool] = {}  # where which kernel was tried
 
 MOST_WEIGHTS = 3  # in one launch
+MOST_ROWS = 8  # of x
 TILE = 16  # rows of W of one product on the tensor cores
 WARPS = 8  # of a program
 RESIDENT = 2  # programs on a multiprocessor at a time
@@ -169,3 +170,15 @@ def _meet(first, second, thread, PARTS: tl.constexpr):
     else:
         bits = tl.inline_asm_elementwise(MEET_8, "=&r,f,f,r", arguments, tl.int32, False, 1)
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_few(y_ptr, y_stride, x_rows, sum00, sum01, sum10, sum11, first, rows, TILES: tl.constexpr, PARTS: tl.constexpr):
+    """y of TILES times 16 rows of W from `first` on, of `rows`, for some rows of x: the sums in the tensor cores' layout, of a
+    lane's first and second row of W by its two columns, added over the PARTS warps that share them."""
+    sums = tl.join(tl.join(sum00, sum10), tl.join(sum01, sum11))
+    y = tl.sum(tl.reshape(sums, (TILES, PARTS, 32, 4)), 1)  # [tile, lane, half and column]
+    lanes, which = tl.arange(0, 32)[None, :, None], tl.arange(0, 4)[None, None, :]
+    row = first + tl.arange(0, TILES)[:, None, None] * 16 + lanes // 4 + which // 2 * 8
+    of_x = lanes % 4 * 2 + which % 2
+    tl.store(y_ptr + of_x * y_stride + row, y.to(y_ptr.dtype.element_ty), mask=(of_x < x_rows) & (row < rows))

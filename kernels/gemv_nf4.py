@@ -33,6 +33,7 @@ import triton.language as tl
 
 from kernels import reference_nf4
 from kernels.gemv import (
+    MOST_ROWS,
     MOST_WEIGHTS,
     REGISTERS,
     WARPS,
@@ -40,6 +41,7 @@ from kernels.gemv import (
     _load_float,
     _load_x,
     _meet,
+    _store_few,
     _take_from,
     capable,
     choose,
@@ -48,8 +50,6 @@ from kernels.gemv import (
     weight_of,
 )
 from kernels.gemv_nf4_ptx import STEP, _load_codes, _load_codes_wide, _multiply, _share, _store_tables
-
-MOST_ROWS = 8  # of x
 
 
 @triton.jit
@@ -151,12 +151,7 @@ def _gemv_kernel(
             row = tile * (16 * TILES) + thread
             tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), mask=(thread < 16 * TILES) & (row < rows))
         else:
-            sums = tl.join(tl.join(sum00, sum10), tl.join(sum01, sum11))
-            y = tl.sum(tl.reshape(sums, (TILES, PARTS, 32, 4)), 1)  # [tile, lane, half and column]
-            lanes, which_sum = tl.arange(0, 32)[None, :, None], tl.arange(0, 4)[None, None, :]
-            row = (tile * TILES + tl.arange(0, TILES)[:, None, None]) * 16 + lanes // 4 + which_sum // 2 * 8
-            of_x = lanes % 4 * 2 + which_sum % 2
-            tl.store(y_ptr + of_x * y_stride + row, y.to(y_ptr.dtype.element_ty), mask=(of_x < x_rows) & (row < rows))
+            _store_few(y_ptr, y_stride, x_rows, sum00, sum01, sum10, sum11, tile * (16 * TILES), rows, TILES, PARTS)
 
 
 def takes(x: torch.Tensor, packed: list[dict[str, torch.Tensor]]) -> bool:

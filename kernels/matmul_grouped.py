@@ -1,6 +1,6 @@
 """y = x W^T for a few rows of x, straight from grouped codes (GPTQ, HQQ): chat decoding.
 
-One row of x goes to `gemv_even.py` where that takes it. For the others (older cards, `g_idx`, groups of odd sizes, fp32) a
+Up to 8 rows of x go to `gemv_even.py` where that takes them. Else (older cards, `g_idx`, groups of odd sizes, fp32), of one row, a
 program takes a few rows of W and walks along them, every thread with its own part of the sum, one reduction at the end. More
 rows, up to MAX_ROWS, decode a tile of W once and multiply it on the tensor cores; W's columns are split over programs until the
 card is full, the partial sums added in a fixed order, so that a result does not change from call to call.

@@ -48,13 +48,13 @@ def cases(half, multiplies):
             arguments = (t(dtype), t(dtype), 8, 6144, 7, *sizes, *[0] * (3 - len(sizes)), *weight * 3)
             flags = {"COUNT": len(sizes), "DOUBLE": double, "ONE": one, "BLOCKS": 64, "WARPS": gemv_nf4.WARPS, "PARTS": parts}
             yield gemv_nf4._gemv_kernel, arguments, flags, gemv_nf4.WARPS, 3, 128
-        for (kind, split, zeros, layers, parts), dtype in itertools.product(EVEN, (torch.float16, torch.bfloat16)):
+        for (kind, split, zeros, layers, parts), one, dtype in itertools.product(EVEN, (True, False), (torch.float16, torch.bfloat16)):
             codes, scales = t(torch.int16 if kind == E8P else torch.int32), t(torch.float16)
             weight = (codes, scales, u8 if zeros == gemv_even.BYTES else scales)
             unit = gemv_even.UNIT[kind]
             flags = {"COUNT": layers % 2 + 1, "KIND": kind, "UNIT": unit, "UNITS": 4096 // unit, "SPLIT": split, "SIZE": 128, "GROUPS": 32,
-                     "ZEROS": zeros, "LAYERS": layers, "WARPS": gemv_even.WARPS, "PARTS": parts}  # fmt: skip
-            arguments = (t(dtype), t(dtype), t(torch.int16), t(torch.int32), codes, 0.3, 2, 4096, 1024 * (layers % 2), 0, *weight * 3)
+                     "ZEROS": zeros, "ONE": one, "LAYERS": layers, "WARPS": gemv_even.WARPS, "PARTS": parts}  # fmt: skip
+            arguments = (t(dtype), t(dtype), 8, 5120, t(torch.int16), t(torch.int32), codes, 0.3, 2, 4096, 1024 * (layers % 2), 0, *weight * 3)
             yield gemv_even._gemv_kernel, arguments, flags, gemv_even.WARPS, 3, 128
     for group, d, width in ((4, 128, 128), (7, 80, 128), (1, 256, 256)):
         tile = {"GROUP": group, "QUERIES": 16, "D": d, "WIDTH": width, "BLOCK": 64 if width <= 128 else 32}

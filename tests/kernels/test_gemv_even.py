@@ -1,4 +1,4 @@
-"""The product of one row with evenly spaced levels: its PTX evaluated, the kernel with that PTX told in Triton, and on a card."""
+"""The product of a few rows with evenly spaced levels: its PTX evaluated, the kernel with that PTX told in Triton, and on a card."""
 
 from __future__ import annotations
 
@@ -151,6 +151,7 @@ def told(anywhere, monkeypatch):
     monkeypatch.setattr(gemv_even, "_load_half", lambda ptr, index, valid: narrow(ptr, index, valid, tl.uint16))
     monkeypatch.setattr(gemv_even, "_load_x", load_x)
     monkeypatch.setattr(gemv_even, "_multiply", multiply)
+    monkeypatch.setattr(gemv_even, "_only", lambda x, where, WORDS: tuple(tl.where(where, value, 0.0) for value in x))
     monkeypatch.setattr(gemv_even, "_take_from", take_from)
     monkeypatch.setattr(gemv_even, "_meet", meet)
 
@@ -172,9 +173,9 @@ def check(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
     assert (y.cpu().double() - wanted).norm() <= LIMITS[x.dtype] * wanted.norm()
 
 
-def check_grouped(sizes, cols, bits, size, zeros, device="cpu", dtype=torch.float16):
+def check_grouped(sizes, cols, bits, size, zeros, m=1, device="cpu", dtype=torch.float16):
     parts = [weight(rows, cols, bits, size, zeros, device, seed=i) for i, rows in enumerate(sizes)]
-    x = torch.randn(1, cols, generator=torch.Generator().manual_seed(9)).to(dtype).to(device)
+    x = torch.randn(m, cols, generator=torch.Generator().manual_seed(9)).to(dtype).to(device)
     grouping = Grouping(ROW, size, -(-cols // size))
     weights = [(*read, None, grouping, bits) for read, _ in parts]
     check(matmul_grouped.matmul_stacked(x, weights), x, torch.cat([w for _, w in parts]))
@@ -182,13 +183,18 @@ def check_grouped(sizes, cols, bits, size, zeros, device="cpu", dtype=torch.floa
         check(matmul_grouped.matmul(x, *rest), x, w)
 
 
-def check_e8p(rows, cols, second, device="cpu", dtype=torch.float16):
+def check_e8p(rows, cols, second, m=1, device="cpu", dtype=torch.float16):
     generator = torch.Generator().manual_seed(rows)
     codes, finer = (torch.randint(-(1 << 15), 1 << 15, (rows, cols // 8), generator=generator).to(torch.int16) for _ in range(2))
     finer = finer if second else None
     w = e8p.dequantize(codes, torch.empty(rows, cols), finer, 3.45).double()
-    x = torch.randn(1, cols, generator=generator).to(dtype).to(device)
+    x = torch.randn(m, cols, generator=generator).to(dtype).to(device)
     check(matmul_e8p.matmul(x, codes.to(device), None if finer is None else finer.to(device), 3.45), x, w)
+
+
+def takes_few(bits: int, size: int) -> bool:
+    """Whether several rows of x are for the kernel of this file."""
+    return (bits, size) != (2, 64)
 
 
 @pytest.fixture
@@ -217,20 +223,21 @@ GROUPED = [  # rows of each weight, in, bits, group, zeros
 @interpreted
 @pytest.mark.parametrize("sizes, cols, bits, size, zeros", GROUPED, ids=str)
 def test_grouped_interpreted(sizes, cols, bits, size, zeros, told, taken, monkeypatch):
-    """Fewer rows than a tile, columns that end within a step, several turns, several tiles a program, each way to tell groups apart."""
-    for count in (1, 100):
+    """Fewer rows than a tile, columns that end within a step, several turns, several tiles a program, each way to tell groups
+    apart; one row of x and more."""
+    for count, m in ((1, 1), (100, 1), (100, 8)):
         monkeypatch.setattr(gemv, "processors", lambda device, count=count: count)
-        check_grouped(sizes, cols, bits, size, ZEROS[zeros])
-    assert len(taken) == 2 * (1 + len(sizes))
+        check_grouped(sizes, cols, bits, size, ZEROS[zeros], m)
+    assert len(taken) == (2 + takes_few(bits, size)) * (1 + len(sizes))
 
 
 @interpreted
 @pytest.mark.parametrize("rows, cols, second", [(33, 192, False), (7, 2240, False), (20, 320, True), (3, 2048, True)])
 def test_e8p_interpreted(rows, cols, second, told, taken, monkeypatch):
-    for count in (1, 100):
+    for count, m in ((1, 1), (100, 1), (1, 8), (100, 2)):
         monkeypatch.setattr(gemv, "processors", lambda device, count=count: count)
-        check_e8p(rows, cols, second)
-    assert len(taken) == 2
+        check_e8p(rows, cols, second, m)
+    assert len(taken) == 4
 
 
 def test_what_is_taken(anywhere):
@@ -243,10 +250,13 @@ def test_what_is_taken(anywhere):
     assert takes(x, whole, whole) and takes(shifted(x.bfloat16(), 0), whole)
     assert takes(x, whole, size=512) and takes(x, whole, size=32) and takes(x, whole, size=256)
     assert not takes(x.float(), whole), "fp32"
-    assert not takes(shifted(torch.zeros(2, 512).half(), 0), whole), "two rows"
+    assert takes(shifted(torch.zeros(8, 512).half(), 0), whole)
+    assert not takes(shifted(torch.zeros(9, 512).half(), 0), whole), "more rows than columns of a product"
+    assert not gemv_even.takes_grouped(shifted(torch.zeros(2, 1024).half(), 0)[:, :512], [whole], 64, 4), "rows apart"
     assert not takes(x, whole, size=16), "a lane's codes in two groups"
     assert not takes(x, whole, size=192), "four lanes' codes that end within a group"
     assert not takes(x, whole, size=32, bits=2), "a lane has 64 codes of 2 bits"
+    assert takes(x, whole, bits=2) and not takes(shifted(torch.zeros(2, 512).half(), 0), whole, bits=2), "more than the registers hold"
     assert not takes(shifted(x[:, :496], 0), whole), "columns that end within a lane's"
     assert not takes(x, (codes, scales.float(), zeros)) and not takes(x, (codes, scales, zeros.float()))
     assert not takes(shifted(x, 1), whole) and not gemv_even.takes_grouped(x, [(shifted(codes, 1), scales, zeros)], 64, 4)
@@ -289,10 +299,11 @@ def test_it_is_tried_once_before_it_is_trusted(told, monkeypatch, caplog):
 def test_grouped_on_a_card(bits, size, zeros, taken):
     if not gemv.capable(torch.device("cuda")):
         pytest.skip("an older card: `matmul_grouped.py` alone")
-    cases = [((33,), 4096, torch.float16), ((896, 128, 128), 896, torch.bfloat16), ((4096, 1024), 4096, torch.bfloat16), ((1024,), 14336, torch.bfloat16)]
-    for sizes, cols, dtype in cases:
-        check_grouped(sizes, cols, bits, cols if size == -1 else size, ZEROS[zeros], "cuda", dtype)
-    assert len(taken) == sum(1 + len(sizes) for sizes, _, _ in cases)
+    cases = [((33,), 4096, 1, torch.float16), ((896, 128, 128), 896, 1, torch.bfloat16), ((4096, 1024), 4096, 1, torch.bfloat16),
+             ((1024,), 14336, 1, torch.bfloat16), ((33,), 4096, 8, torch.float16), ((4096, 1024), 4096, 3, torch.bfloat16)]  # fmt: skip
+    for sizes, cols, m, dtype in cases:
+        check_grouped(sizes, cols, bits, cols if size == -1 else size, ZEROS[zeros], m, "cuda", dtype)
+    assert len(taken) == sum(1 + len(sizes) for sizes, _, m, _ in cases if m == 1 or takes_few(bits, size))
 
 
 @pytest.mark.gpu
@@ -301,6 +312,6 @@ def test_e8p_on_a_card(second, taken):
     if not gemv.capable(torch.device("cuda")):
         pytest.skip("an older card: `matmul_e8p.py` alone")
     shapes = [(16, 64), (33, 4096), (896, 4864), (1024, 14336), (4096, 11008)]
-    for (rows, cols), dtype in itertools.product(shapes, (torch.float16, torch.bfloat16)):
-        check_e8p(rows, cols, second, "cuda", dtype)
-    assert len(taken) == 2 * len(shapes)
+    for (rows, cols), dtype, m in itertools.product(shapes, (torch.float16, torch.bfloat16), (1, 5)):
+        check_e8p(rows, cols, second, m, "cuda", dtype)
+    assert len(taken) == 4 * len(shapes)
