@@ -40,10 +40,12 @@ def trackers(reporter: Reporter, config: TrainConfig) -> Iterator[None]:
 
 def _start(name: str, folder: Path, config: TrainConfig) -> Any:
     """A running tracker of accelerate's."""
+    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     if find_spec(name) is None:
         raise ModuleNotFoundError(f"the package {name} is not installed; install it into the program's environment: pip install {name}")
+    PartialState(cpu=True)  # the trackers write to accelerate's log, which wants to know which process this is
     made = LOGGER_TYPE_TO_CLASS[name]
     if made.requires_logging_directory:
         tracker = made(name, logging_dir=str(folder))

@@ -170,6 +170,36 @@ def test_tensorboard_gets_the_steps_and_a_missing_tracker_is_a_note(run, monkeyp
     assert [(s.step, s.value) for s in read.Scalars("eval_loss")] == [(1, 1.25)]
 
 
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_starts_alone_in_a_fresh_process(name, tmp_path, root):
+    """With a package of its name that only remembers: accelerate's own trackers do not start where its state is not made."""
+    (tmp_path / f"{name}.py").write_text(
+        textwrap.dedent("""
+            class Config(dict):
+                def update(self, values, allow_val_change): super().update(values)
+            config = Config()
+            class Run:
+                def __init__(self): self.config = config
+                def log(self, values, step=None, **rest): print("log", step, values["loss"])
+                def finish(self): print("finish")
+            def init(project, name, **rest): print("init", project, name); return Run()
+            def finish(): print("finish")
+        """)
+    )
+    script = f"""
+        from pathlib import Path
+        from lowvram_tuner.config import TrainConfig
+        from lowvram_tuner.train import trackers
+        tracker = trackers._start({name!r}, Path({str(tmp_path)!r}) / "a-run", TrainConfig())
+        trackers._logging(tracker)({{"loss": 1.5}}, 3)
+        tracker.finish()
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, root)))}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["init lowvram-tuner a-run", "log 3 1.5"]
+
+
 CASES = {
     "config": (ConfigError("bits=5 is not one of 2, 3."), "bits=5 is not one of 2, 3.", False),
     "busy": (Busy(Holder("train", "r1", 1)), "Run r1 is in progress; stop it or wait until it ends.", False),
