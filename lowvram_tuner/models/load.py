@@ -119,8 +119,8 @@ def shape_for(model: str) -> ModelShape:
 
 
 def hub_shape(model: str) -> ModelShape:
-    """The shape of a model that the catalogue does not know, from its own files (a GGUF's header, a hub download)."""
-    source = locate(model)
+    """The shape of a model that the catalogue does not know, from its own files (a GGUF's header, a config from the hub)."""
+    source = locate(model, weights=False)
     if source.gguf is None:
         return shape_from_config(source.folder / "config.json")
     return shape_from_values(build_skeleton(source, torch.float32).config.to_dict(), model)

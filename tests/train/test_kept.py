@@ -11,6 +11,7 @@ from lowvram_tuner.chat.target import target_of_run
 from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.models import kept
 from lowvram_tuner.quant.checkpoint import open_checkpoint
+from lowvram_tuner.train import loop
 from lowvram_tuner.train.events import Reporter
 from lowvram_tuner.train.run_dir import RunDir, list_runs
 from lowvram_tuner.train.worker import conduct
@@ -62,6 +63,24 @@ def test_the_first_run_quantizes_and_the_next_ones_use_it(config, monkeypatch):
     assert not any(m.startswith("Quantizing") for m in messages(again))
     losses = [[m["loss"] for m in r.metrics() if m["kind"] == "step"] for r in (run, again)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_model_of_the_hub_is_fetched_first_and_stop_is_heard_meanwhile(config, monkeypatch):
+    class StopWhileFetching(Reporter):
+        def stop_requested(self):
+            progress = self.state()["progress"]
+            return bool(progress and progress["done"] == 5 and "Fetching" in self.state()["message"])
+
+    def locate(model, progress):
+        for done in range(0, 11, 5):
+            progress(done, 10)
+
+    monkeypatch.setattr(loop, "locate", locate)
+    run, result = train(config, reporter=StopWhileFetching)
+    assert result["status"] == "stopped" == run.state()["status"] and "while the model was fetched" in run.state()["message"]
+    fetched = [e["progress"] for e in run.events()[0] if e["kind"] == "status" and e["message"].startswith("Fetching the model, once")]
+    assert fetched[0] == {"done": 0, "total": 10, "unit": "bytes"}
+    assert not any("Quantizing" in m or "Reading" in m for m in messages(run))
 
 
 def test_a_run_stopped_while_quantizing_goes_on_with_the_next_layer(config, monkeypatch):
