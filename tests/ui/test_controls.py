@@ -103,7 +103,7 @@ def test_a_quantized_model_brings_its_bits(tmp_path):
         (4, "auto", "25% less sure of the next word"),
         (4, "gptq", "The first run quantizes the model on your data"),
         (3, "hqq", "6.9 times less sure"),
-        (2, "auto", "2.3 times less sure"),
+        (2, "auto", "2.4 times less sure"),
         (3, "nf4", "The first run"),  # nf4 has 4 bits: what 3 bits take by default is told
         (None, "auto", ""),
     ],
