@@ -34,8 +34,8 @@ def fetch(model: str, weights: bool = True, progress: Progress | None = None) ->
         here = Path(snapshot_download(model, local_files_only=True, **wanted))
         if is_whole(here, weights):
             return here
-    except (OSError, ValueError):
-        pass  # not here yet, or no id: asking the hub tells which
+    except (OSError, ValueError, LookupError, AttributeError):
+        pass  # not here yet, damaged, or no id: asking the hub tells which
     try:
         files = snapshot_download(model, dry_run=True, tqdm_class=_bar(), **wanted)
         total = sum(file.file_size or 0 for file in files if file.will_download)

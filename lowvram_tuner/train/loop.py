@@ -20,10 +20,10 @@ from lowvram_tuner.data.packing import Batches, collate
 from lowvram_tuner.data.prepare import Prepared, prepare
 from lowvram_tuner.lora.adapter import save_adapter
 from lowvram_tuner.memory.plan import GB
-from lowvram_tuner.models import kept
-from lowvram_tuner.models.source import load_tokenizer, locate
+from lowvram_tuner.models.source import load_tokenizer
 from lowvram_tuner.train import checkpoints
 from lowvram_tuner.train.answers import Questions
+from lowvram_tuner.train.base_model import Stopped, with_base_model
 from lowvram_tuner.train.evaluate import held_out_losses, target_counts
 from lowvram_tuner.train.events import Reporter
 from lowvram_tuner.train.guard import Guard
@@ -41,9 +41,8 @@ def run_training(config: TrainConfig, run: RunDir, reporter: Reporter, resume: b
     """Trains a run in its folder. Returns the JSON keys of the command `train`."""
     set_seed(config.seed)  # dropout's masks
     try:
-        _fetch(config.model, reporter)
-        config = _on_kept_checkpoint(config, run, reporter)
-    except _Stopped as stopped:
+        config = with_base_model(config, run, reporter)
+    except Stopped as stopped:
         reporter.status("stopped", f"Stopped while the model was {stopped}; what is done of it is kept.")
         return {"status": "stopped"}
     reporter.status("preparing", "Reading the data.")
@@ -52,38 +51,6 @@ def run_training(config: TrainConfig, run: RunDir, reporter: Reporter, resume: b
     reporter.status("preparing", "Loading the model.")
     session = build_to_fit(config, _loading(reporter))
     return _Run(config, run, reporter, tokenizer, prepared, session).train(resume)
-
-
-class _Stopped(Exception):
-    """Somebody asked the run to end before it had anything to save."""
-
-
-def _fetch(model: str, reporter: Reporter) -> None:
-    """Gets a model of the hub that is not here yet."""
-
-    def progress(done: int, total: int) -> None:
-        if reporter.stop_requested():
-            raise _Stopped("fetched")
-        if total:
-            reporter.status("preparing", "Fetching the model, once for all runs.", done, total, "bytes")
-
-    locate(model, progress=progress)
-
-
-def _on_kept_checkpoint(config: TrainConfig, run: RunDir, reporter: Reporter) -> TrainConfig:
-    """The config on a checkpoint of its calibrated method, made now where there is none; the run keeps it as its model."""
-
-    def progress(what: str, done: float, total: float) -> None:
-        if reporter.stop_requested():
-            raise _Stopped("quantized")
-        left = what.partition(",")[2]
-        reporter.status("preparing", f"Quantizing the model, once for all runs{',' + left if left else ''}.", int(done), int(total), "weights")
-
-    found = kept.make(config, progress)
-    if found != config:
-        free_memory()
-        run.set_config(found)
-    return found
 
 
 class _Run:

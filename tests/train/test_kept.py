@@ -11,7 +11,7 @@ from lowvram_tuner.chat.target import target_of_run
 from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.models import kept
 from lowvram_tuner.quant.checkpoint import open_checkpoint
-from lowvram_tuner.train import loop
+from lowvram_tuner.train import base_model
 from lowvram_tuner.train.events import Reporter
 from lowvram_tuner.train.run_dir import RunDir, list_runs
 from lowvram_tuner.train.worker import conduct
@@ -75,7 +75,7 @@ def test_a_model_of_the_hub_is_fetched_first_and_stop_is_heard_meanwhile(config,
         for done in range(0, 11, 5):
             progress(done, 10)
 
-    monkeypatch.setattr(loop, "locate", locate)
+    monkeypatch.setattr(base_model, "locate", locate)
     run, result = train(config, reporter=StopWhileFetching)
     assert result["status"] == "stopped" == run.state()["status"] and "while the model was fetched" in run.state()["message"]
     fetched = [e["progress"] for e in run.events()[0] if e["kind"] == "status" and e["message"].startswith("Fetching the model, once")]
