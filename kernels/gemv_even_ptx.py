@@ -17,7 +17,7 @@ WORDS = {kind: 3 if kind == 3 else 4 for kind in UNIT}  # of codes, that hold th
 
 # 12 or 16 bytes of codes; any where the lane has none: x is zero there, and every code makes a finite value. Impure, so that the
 # load stays where it is asked for. L1 is left to what is read more than once; 12 bytes do not fill the sectors that they touch.
-LOAD_FOUR = _lines("{ .reg .pred p; setp.ne.s32 p, $5, 0; @p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }")
+LOAD_FOUR = _lines("{ .reg .pred p; setp.ne.s32 p, $5, 0; @p ld.global.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4]; }")
 LOAD_THREE = _lines(
     "{ .reg .pred p; setp.ne.s32 p, $4, 0;",
     "@p ld.global.b32 $0, [$3]; @p ld.global.b32 $1, [$3 + 4]; @p ld.global.b32 $2, [$3 + 8]; }",

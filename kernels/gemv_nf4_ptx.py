@@ -13,18 +13,19 @@ from kernels.gemv import EIGHT_WORDS, OUT_EIGHT, WARPS, _lines
 STEP = 4  # blocks that a warp reads at a time
 
 # 4 x 8 bytes, 32 apart: a lane's share of 4 blocks of a row. Those from block $9 on are not there. Impure, as all loads of
-# codes and absmax: a pure load sinks to its use, behind the wait for the sum. L1 is left to x: codes are read once.
+# codes and absmax: a pure load sinks to its use, behind the wait for the sum. L1 is left to x: codes are read once. L2
+# fetches whole lines, whose halves are asked for apart.
 LOAD_CODES = _lines(
     "{ .reg .pred p;",
     *(f"mov.b32 ${2 * b}, 0; mov.b32 ${2 * b + 1}, 0; setp.gt.s32 p, $9, {b};"
-      f"@p ld.global.L1::no_allocate.v2.b32 {{${2 * b}, ${2 * b + 1}}}, [$8 + {32 * b}];" for b in range(STEP)),
+      f"@p ld.global.L1::no_allocate.L2::128B.v2.b32 {{${2 * b}, ${2 * b + 1}}}, [$8 + {32 * b}];" for b in range(STEP)),
     "}",
 )  # fmt: skip
 # For one row of x: 32 bytes as 2 x 16, 64 apart, block 0 or 1 and then 2 or 3.
 LOAD_CODES_WIDE = _lines(
     "{ .reg .pred p;",
     *(f"mov.b32 ${4 * b}, 0; mov.b32 ${4 * b + 1}, 0; mov.b32 ${4 * b + 2}, 0; mov.b32 ${4 * b + 3}, 0; setp.gt.s32 p, $9, {2 * b};"
-      f"@p ld.global.L1::no_allocate.v4.b32 {{${4 * b}, ${4 * b + 1}, ${4 * b + 2}, ${4 * b + 3}}}, [$8 + {64 * b}];" for b in range(STEP // 2)),
+      f"@p ld.global.L1::no_allocate.L2::128B.v4.b32 {{${4 * b}, ${4 * b + 1}, ${4 * b + 2}, ${4 * b + 3}}}, [$8 + {64 * b}];" for b in range(STEP // 2)),
     "}",
 )  # fmt: skip
 
