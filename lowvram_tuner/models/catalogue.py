@@ -83,6 +83,7 @@ google/gemma-2-2b-it gemma2 2304 9216 26 8 4 256 256000 1 0 8192
 google/gemma-2-9b-it gemma2 3584 14336 42 16 8 256 256000 1 0 8192
 microsoft/Phi-3.5-mini-instruct phi3 3072 8192 32 32 32 96 32064 0 0 131072
 """
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ALIASES = {DEMO_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
@@ -119,18 +120,20 @@ def shape_of(model: str) -> ModelShape:
     )
 
 
-def shape_from_config(path: Path) -> ModelShape:
-    """The shape that a transformers config.json describes."""
+def shape_from_config(path: Path, name: str = "") -> ModelShape:
+    """The shape that a transformers config.json describes. `name`: of the model, where the folder's says nothing."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}); give a transformers config.json.") from None
-    return shape_from_values(raw, path.parent.name)
+    return shape_from_values(raw, name or path.parent.name)
 
 
 def shape_from_values(raw: dict, name: str) -> ModelShape:
     """The shape in the values of a transformers config; `name` stands in when they name no model."""
     raw = {**raw, **raw.get("text_config", {})}
+    if experts := next((key for key in _EXPERTS if raw.get(key)), ""):
+        raise ConfigError(f"{name} is a mixture of experts ({experts}={raw[experts]}); take a dense model, these are not trained here.")
     try:
         heads = int(raw["num_attention_heads"])
         return ModelShape(

@@ -1,25 +1,56 @@
 """Models of the Hugging Face hub: fetched once, with progress, and what stands in the way in one sentence.
 
-Fetched is what this program reads: config, tokenizer and safetensors of the top folder. A file that is whole in the hub's cache
-is not asked for again, so a model that was fetched before needs no network and does not change by itself. What a broken-off
-download has is kept and gone on with.
+Fetched is what this program reads: config, tokenizer and safetensors of the top folder; for a plan the config alone, a few
+kilobytes. A file that is whole in the hub's cache is not asked for again, so a model that was fetched before needs no network
+and does not change by itself. What a broken-off download has is kept and gone on with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lowvram_tuner.config import ConfigError
+from lowvram_tuner.models.catalogue import ModelShape, shape_from_config, shape_of
 
 Progress = Callable[[int, int], None]  # bytes that are here, bytes altogether; what it raises ends the download
 WORDS = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, chat template
 WEIGHTS = "*.safetensors"
 NOT_READ = ("*/*", "consolidated*")  # the same weights in other forms
+
+
+def is_id(model: str) -> bool:
+    """Whether a model's name can be a hub id, owner/name, and no path."""
+    owner, slash, name = model.partition("/")
+    return bool(owner and slash and name) and not model.startswith((".", "~")) and not set(name) & set("/\\") and ":" not in model
+
+
+def find_shape(model: str) -> ModelShape:
+    """`shape_of`, and for a hub id that it does not know the shape in its config, which is fetched when it is not here yet.
+
+    ConfigError as `shape_of` and `fetch`.
+    """
+    try:
+        return shape_of(model)
+    except ConfigError:
+        if not is_id(model):
+            raise
+        return shape_from_config(fetch_config(model), model)
+
+
+def fetch_config(model: str) -> Path:
+    """The config.json of a hub id. ConfigError as `fetch`."""
+    from huggingface_hub import hf_hub_download
+
+    with contextlib.suppress(OSError, ValueError):
+        return Path(hf_hub_download(model, "config.json", local_files_only=True))
+    with _in_one_sentence(model):
+        return Path(hf_hub_download(model, "config.json"))
 
 
 def fetch(model: str, weights: bool = True, progress: Progress | None = None) -> Path:
@@ -36,15 +67,11 @@ def fetch(model: str, weights: bool = True, progress: Progress | None = None) ->
             return here
     except (OSError, ValueError, LookupError, AttributeError):
         pass  # not here yet, damaged, or no id: asking the hub tells which
-    try:
+    with _in_one_sentence(model):
         files = snapshot_download(model, dry_run=True, tqdm_class=_bar(), **wanted)
         total = sum(file.file_size or 0 for file in files if file.will_download)
         _room(model, total)
         return Path(snapshot_download(model, tqdm_class=_bar(progress, total) if progress else None, **wanted))
-    except (OSError, ValueError) as error:  # huggingface_hub's are among these
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(_sentence(model, error)) from None
 
 
 def is_whole(folder: Path, weights: bool) -> bool:
@@ -99,10 +126,21 @@ def _bar(progress: Progress | None = None, total: int = 0) -> type:
     return Bar
 
 
+@contextlib.contextmanager
+def _in_one_sentence(model: str) -> Iterator[None]:
+    """Whatever the hub raises as a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # huggingface_hub's are among these
+        raise ConfigError(_sentence(model, error)) from None
+
+
 def _sentence(model: str, error: BaseException) -> str:
     from huggingface_hub import errors
 
-    if isinstance(error, errors.DryRunError):  # says that it could not look, not why
+    if isinstance(error, (errors.DryRunError, errors.LocalEntryNotFoundError)):  # says that it could not look, not why
         error = error.__cause__ or error
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     if isinstance(error, errors.GatedRepoError):
@@ -112,6 +150,8 @@ def _sentence(model: str, error: BaseException) -> str:
         )
     if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
         return f"model={model!r} is not on the hub, or not for everybody; check the name, or set HF_TOKEN if it is yours."
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"model={model!r} has no config.json on the hub; give one in the layout of transformers, with *.safetensors."
     if getattr(error, "errno", None) == 28:
         return f"model={model!r} could not be fetched: the disk is full; what is there is kept. Free some space and start again."
     return f"model={model!r} cannot be fetched from the hub ({reason}); check the network and start again, what is here already is kept."

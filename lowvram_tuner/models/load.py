@@ -25,7 +25,8 @@ from lowvram_tuner.memory.budget import GB, Budget
 from lowvram_tuner.memory.plan import Plan
 from lowvram_tuner.memory.reading import plan_chat
 from lowvram_tuner.memory.slabs import Layout, Ring, Slab, make_slab, streamed_layers
-from lowvram_tuner.models.catalogue import ModelShape, shape_from_config, shape_from_values, shape_of
+from lowvram_tuner.models.catalogue import ModelShape, shape_from_values
+from lowvram_tuner.models.hub import find_shape, is_id
 from lowvram_tuner.models.source import Source, load_config, locate
 from lowvram_tuner.models.weights import Weights, open_weights
 from lowvram_tuner.quant.checkpoint import Reader, open_checkpoint, stored_spec
@@ -111,18 +112,13 @@ def spec_for(config: TrainConfig) -> QuantSpec:
 
 
 def shape_for(model: str) -> ModelShape:
-    """The model's shape: from the catalogue or its files, fetched from the hub when it is not here yet."""
+    """The model's shape, as `find_shape`, or from a GGUF's header."""
     try:
-        return shape_of(model)
+        return find_shape(model)
     except ConfigError:
-        return hub_shape(model)
-
-
-def hub_shape(model: str) -> ModelShape:
-    """The shape of a model that the catalogue does not know, from its own files (a GGUF's header, a config from the hub)."""
+        if is_id(model):
+            raise
     source = locate(model, weights=False)
-    if source.gguf is None:
-        return shape_from_config(source.folder / "config.json")
     return shape_from_values(build_skeleton(source, torch.float32).config.to_dict(), model)
 
 
@@ -351,8 +347,8 @@ def random_model(config_values: dict[str, Any], spec: QuantSpec, plan: Plan, dev
 
 
 def config_values(config: TrainConfig) -> dict[str, Any]:
-    """The transformers config of a catalogue shape, for `random_model`."""
-    s = shape_of(config.model)
+    """The transformers config of a model's shape, for `random_model`."""
+    s = shape_for(config.model)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings")  # fmt: skip
     return {n: getattr(s, n) for n in names} | {"model_type": s.family}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowvram_tuner.config import DEMO_MODEL, ConfigError
-from lowvram_tuner.models.hub import Progress, fetch
+from lowvram_tuner.models.hub import Progress, fetch, is_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +61,7 @@ def locate(model: str, weights: bool = True, progress: Progress | None = None, d
         return Source(path.parent, path.name, path.stem)
     if path.is_dir():
         return _in_folder(path, _public_id(path))
-    if model.count("/") != 1 or model.startswith((".", "/", "~")) or "\\" in model:
+    if not is_id(model):
         raise ConfigError(f"model={model!r} is not a folder here; give 'demo', a folder with a model, or a hub id like Qwen/Qwen3-8B.")
     folder = download(model, weights, progress)
     return _in_folder(folder, model) if weights else Source(folder, None, model)

@@ -19,7 +19,6 @@ from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.hardware.card import read_card
 from lowvram_tuner.lora.adapter import attach
 from lowvram_tuner.memory.plan import GB, Plan
-from lowvram_tuner.models.catalogue import shape_of
 from lowvram_tuner.models.load import Loaded, config_values, load_model, random_model, spec_for
 from lowvram_tuner.models.precision import pick_device, pick_dtype
 from lowvram_tuner.train import profile
@@ -63,7 +62,7 @@ def bench(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     times, losses, process = [], [], 0
-    vocabulary = min(shape_of(config.model).vocab_size, 30000)
+    vocabulary = min(loaded.model.config.vocab_size, 30000)
     for index in range(steps + WARM_UP):
         batches = [_random_batch(config, vocabulary, index * plan.together + i, device) for i in range(plan.together)]
         _synchronize(device)

@@ -18,11 +18,13 @@ from lowvram_tuner.hardware.card import Card, process_bytes, read_card
 from lowvram_tuner.hardware.ram import Ram, read_ram
 from lowvram_tuner.memory.plan import Budget, Plan, plan_run
 from lowvram_tuner.models.catalogue import shape_of
+from lowvram_tuner.models.hub import is_id
 from lowvram_tuner.quant.spec import QuantError
 from lowvram_tuner.train.files import read_json, write_json
 from lowvram_tuner.train.lock import Holder, holder
 from lowvram_tuner.train.run_dir import RunDir, list_runs
 from lowvram_tuner.train.supervisor import Supervisor
+from lowvram_tuner.ui.hub_shapes import HubShapes
 from lowvram_tuner.ui.watch import Stories
 
 PATIENCE_S = 15.0
@@ -44,7 +46,7 @@ class Answer:
     budget: Budget
     plan: Plan | None
     problem: str = ""
-    unknown_model: bool = False  # the size is not known until the model is downloaded: no reason to refuse a start
+    asking: bool = False  # the hub is asked for the model's size
 
 
 class Desk:
@@ -55,6 +57,7 @@ class Desk:
         self.supervisor = supervisor or Supervisor(self.root)
         self.local = local
         self.stories = Stories()
+        self.hub = HubShapes()
         self._lock = threading.Lock()
         self._cache: dict[str, tuple[float, Any]] = {}
         self._rows: dict[str, tuple[tuple, dict[str, Any]]] = {}
@@ -79,7 +82,9 @@ class Desk:
         try:
             shape = shape_of(config.model)
         except ConfigError as error:
-            return Answer(budget, None, str(error), unknown_model=_may_be_downloaded(config.model))
+            shape = self.hub.ask(config.model) if is_id(config.model) else str(error)
+        if isinstance(shape, str):
+            return Answer(budget, None, shape or "Asking the Hugging Face hub how large this model is ...", asking=not shape)
         try:
             return Answer(budget, plan_run(config, shape, budget))
         except (ConfigError, QuantError) as error:
@@ -199,7 +204,3 @@ def _changed_at(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
-
-
-def _may_be_downloaded(model: str) -> bool:
-    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and "\\" not in model and ":" not in model

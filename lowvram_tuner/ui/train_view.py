@@ -126,10 +126,7 @@ def run_title_html(name: str, config: TrainConfig | None) -> str:
 
 def _gauge(config: TrainConfig, answer: Answer, data: dict[str, Any] | None) -> Gauge:
     if answer.plan is None:
-        text = answer.problem
-        if answer.unknown_model:
-            text = "The size of this model is known once it is downloaded; the fit is checked then, before training."
-        return Gauge(gauge_html(answer.budget), _said("open" if answer.unknown_model else "bad", text), "")
+        return Gauge(gauge_html(answer.budget), _said("open" if answer.asking else "bad", answer.problem), "")
     plan, steps = answer.plan, steps_of(config, data)
     seconds = steps * plan.step_s if steps else None
     kind = "good" if plan.fits else "bad"
@@ -142,7 +139,7 @@ def _gauge(config: TrainConfig, answer: Answer, data: dict[str, Any] | None) -> 
 def _starting(desk: Desk, config: TrainConfig, answer: Answer, data: dict[str, Any] | None) -> Starting:
     if desk.active():
         return Starting(False, "A run is in progress; stop it or wait until it ends.")
-    if answer.plan is None and not answer.unknown_model:
+    if answer.plan is None:
         return Starting(False, answer.problem)
     if answer.plan is not None and not answer.plan.fits:
         return Starting(False, "It does not fit; press a remedy above or choose something smaller.")

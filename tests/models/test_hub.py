@@ -58,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         if path.startswith("/api/"):
             about = {"id": "tests/tiny", "sha": SHA, "siblings": [{"rfilename": name} for name in self.server.files]}
             return self.answer(200, json.dumps(about).encode(), Content_Type="application/json")
-        name = path.split(f"/resolve/{SHA}/")[-1]
+        name = path.split("/resolve/")[-1].partition("/")[2]  # behind the revision: a commit, or main
         if self.server.gated:
             return self.answer(403, X_Error_Code="GatedRepo")
         if name not in self.server.files:
@@ -133,6 +133,41 @@ def test_words_and_shape_do_not_fetch_weights(server, ask):
     assert ask('print(json.dumps([len(load_tokenizer("tests/tiny")), shape_for("tests/tiny").num_hidden_layers]))') == [260, 2]
     assert "model.safetensors" not in server.got
     assert Path(ask(LOCATE)[0], "model.safetensors").stat().st_size == len(server.files["model.safetensors"])
+
+
+PLAN = """
+    from lowvram_tuner.cli import main
+    assert main(["plan", "--model", "{}", "--json"]) == 0
+"""
+
+
+def test_a_plan_fetches_the_config_alone(server, ask):
+    found = ask(PLAN.format("tests/tiny"))
+    assert found["predicted_peak_gb"] > 0 and server.got == ["config.json"]
+    assert ask(PLAN.format("tests/tiny"), HF_ENDPOINT="http://127.0.0.1:9") == found, "and then no network"
+
+
+def test_a_plan_says_what_stands_in_the_way(server, ask):
+    refused = REFUSED.replace("locate(", "from lowvram_tuner.models.hub import find_shape\n        find_shape(")
+    assert "'tests/none' is not on the hub" in ask(refused.format("tests/none"))
+    assert "cannot be fetched from the hub" in ask(refused.format("tests/tiny"), HF_ENDPOINT="http://127.0.0.1:9")
+    server.gated = True
+    assert "has a licence to accept" in ask(refused.format("tests/tiny"))
+    server.gated = False
+    config = json.loads(server.files.pop("config.json"))
+    assert "'tests/tiny' has no config.json on the hub" in ask(refused.format("tests/tiny"))
+    server.files["config.json"] = json.dumps(config | {"num_local_experts": 8}).encode()
+    assert "tests/tiny is a mixture of experts (num_local_experts=8)" in ask(refused.format("tests/tiny"))
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-8B", "a/b"])
+def test_an_id(name):
+    assert hub.is_id(name)
+
+
+@pytest.mark.parametrize("name", ["demo", "/a", "a/", "/a/b", "a/b/c", "./b", "../b", "~/b", "a\\b", "C:/b", "a/b:c", ""])
+def test_no_id(name):
+    assert not hub.is_id(name)
 
 
 def test_a_stop_ends_the_download_and_the_next_one_goes_on(server, ask):
