@@ -24,10 +24,10 @@ group, with zeros where a lane has another group's codes. Several rows of x, up 
 step is multiplied once for each group. What a step needs is asked for two steps before. As many programs as the registers hold
 stay on a multiprocessor and walk over the tiles. The order of a sum is fixed.
 
-As one graph, bf16, 4096 x 14336, on an H100: gptq at 4 bits 15.7 us, which is 64 % of what a copy moves (with scalar products it
-took 32), 8 bits 27.2 (73 %), 3 bits 16.5 (46 %), 2 bits 12.9 (40 %; 14.7 with a shift for every pair and sums of x from ones), E8P
-19.7 (25 %); 8 rows of x take 18.2, 27.3, 20.3, 35.2 and 36 us, rotations included, where `matmul_grouped` and `matmul_e8p` took 74,
-118, 113, 67 and 115. y's error is 1.7e-3. Of these about 5 us are a launch, the first load and the sums' meeting. What bounds 3 bits
+As one graph, bf16, 4096 x 14336, on an H100: gptq at 4 bits 15.6 us, which is 65 % of what a copy moves (with scalar products it
+took 32), 8 bits 26.4 (75 %), 3 bits 16.7 (46 %), 2 bits 13.7 (38 %; 12.9 on another H100), E8P 19.7 (25 %); 8 rows of x take 17.7,
+26.4, 20.4, 36 and 36 us, rotations included, where `matmul_grouped` and `matmul_e8p` took 74, 118, 113, 67 and 115. y's error is
+1.7e-3. Of these about 5 us are a launch, the first load and the sums' meeting. What bounds 3 bits
 and less is not memory but issue: 2 to 3 instructions a weight, half of them the decoding; unrolling by two helps where the
 registers allow it (2 bits and E8P: slower). Tried in vain: addresses carried along instead of computed (2 % fewer instructions),
 and launches that overlap (programmatic dependent launch), by which a chain of products alone takes 1.3 to 2 us less each, but a

@@ -18,11 +18,15 @@ programs as the registers hold stay on a multiprocessor and walk over the tiles.
 
 The PTX that this takes is in `gemv_nf4_ptx.py` and `gemv.py`.
 
-As one graph, bf16, double quantization, on an H100: 4096 x 14336 in 16.6 us, which is 61 % of what a copy moves, 4096 x 4096 in
-7.8, (4096, 1024, 1024) x 4096 in 10.9, (14336, 14336) x 4096 in 29.2; 8 layers of Llama 8B (900 MB) in 508, 1773 GB/s, where
-it was 573 with 8 bytes of codes a load, all asked for behind the tables. bitsandbytes takes 53 us for the first. y's error is
-2.2e-3, where rounding W and y costs 2.4e-3. By count the bound is the pipe that shared memory and loads go through: of about 140
-cycles that a warp's step has there 64 are lookups and 32 loads of codes.
+As one graph, bf16, double quantization, on an H100: 4096 x 14336 in 16.2 us, which is 62 % of what a copy moves, 4096 x 4096 in
+7.7, (4096, 1024, 1024) x 4096 in 10.9, (14336, 14336) x 4096 in 28.8; 8 layers of Llama 8B (900 MB) in 508, 1773 GB/s, where
+it was 573 with 8 bytes of codes a load, all asked for behind the tables. bitsandbytes takes 40 us for the first. y's error is
+2.2e-3, where rounding W and y costs 2.4e-3.
+
+Where the 16.2 us go: loading the same lines and nothing else takes 12.6, of which 3.8 are what any launch of this size takes; the
+absmax cost 0.9, the products 1.9, lookups 0.4 of these. A lane asks for half a line at a time, and reading was 0.3 us slower
+until L2 was told to fetch whole ones. Tried in vain: a fifth fewer instructions, by unrolling and by absmax of four steps staged in
+shared memory (16.6), neighbouring steps for a warp (16.6 to 16.8), lines prefetched four steps ahead (18.5).
 """
 
 from __future__ import annotations
