@@ -2,6 +2,7 @@
 wrong is named in one line."""
 
 import json
+from copy import copy
 
 import pytest
 import torch
@@ -264,7 +265,9 @@ def test_bitsandbytes_4bit_state_is_the_one_it_writes_itself(tmp_path):
         folder(tmp_path, theirs, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
     )
     found = reader.load(MODULE)
-    expected = functional.dequantize_4bit(data, state).float()
+    by_block = copy(state)  # 64x96 comes out wrong of 0.50.2 on processors with AVX-512
+    by_block.shape = torch.Size((w.numel() // 64, 64))
+    expected = functional.dequantize_4bit(data, by_block).float().view(w.shape)
     assert (dequantized(found) - expected).abs().max() <= expected.abs().max() * 2**-11  # theirs is rounded to fp16
     ours = writer_for(found.spec).tensors(MODULE, found)
     assert set(ours) == set(theirs)
