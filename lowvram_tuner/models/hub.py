@@ -45,11 +45,12 @@ def find_shape(model: str) -> ModelShape:
 
 def fetch_config(model: str) -> Path:
     """The config.json of a hub id. ConfigError as `fetch`."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     with contextlib.suppress(OSError, ValueError):
         return Path(hf_hub_download(model, "config.json", local_files_only=True))
-    with _in_one_sentence(model):
+    with _in_one_sentence(model, Exception):  # also what the HTTP library below raises, which is another one in every version
+        get_hf_file_metadata(hf_hub_url(model, "config.json"))  # without a network the download itself would try for half a minute
         return Path(hf_hub_download(model, "config.json"))
 
 
@@ -127,13 +128,13 @@ def _bar(progress: Progress | None = None, total: int = 0) -> type:
 
 
 @contextlib.contextmanager
-def _in_one_sentence(model: str) -> Iterator[None]:
-    """Whatever the hub raises as a ConfigError."""
+def _in_one_sentence(model: str, *caught: type[Exception]) -> Iterator[None]:
+    """What the hub raises, huggingface_hub's own errors and `caught`, as a ConfigError."""
     try:
         yield
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:  # huggingface_hub's are among these
+    except (OSError, ValueError, *caught) as error:
         raise ConfigError(_sentence(model, error)) from None
 
 
