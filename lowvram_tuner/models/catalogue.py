@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowvram_tuner.config import DEMO_MODEL, ConfigError
+from lowvram_tuner.models.gguf_header import shape_values
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def catalogue() -> dict[str, ModelShape]:
 
 
 def shape_of(model: str) -> ModelShape:
-    """The shape of the demo model, a catalogue id, a local folder with a config.json, or a config.json itself.
+    """The shape of the demo model, a catalogue id, a local folder with a config.json or a GGUF, or one of these files itself.
 
     Raises ConfigError when the model is none of these.
     """
@@ -111,11 +112,13 @@ def shape_of(model: str) -> ModelShape:
         return by_tail[model.lower()]
     path = Path(model).expanduser()
     if path.is_dir():
-        path = path / "config.json"
+        path = next((p for p in (path / "config.json", *sorted(path.glob("*.gguf"))) if p.is_file()), path)
     if path.suffix == ".json" and path.is_file():
         return shape_from_config(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return shape_from_values(shape_values(path), path.stem)
     raise ConfigError(
-        f"model={model!r} is neither 'demo', a folder with a config.json, nor a model this program knows; "
+        f"model={model!r} is neither 'demo', a folder with a config.json or a *.gguf, nor a model this program knows; "
         "download it first or give its folder."
     )
 

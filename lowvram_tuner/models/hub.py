@@ -25,9 +25,10 @@ NOT_READ = ("*/*", "consolidated*")  # the same weights in other forms
 
 
 def is_id(model: str) -> bool:
-    """Whether a model's name can be a hub id, owner/name, and no path."""
+    """Whether a model's name can be a hub id, owner/name, and is no path that exists."""
     owner, slash, name = model.partition("/")
-    return bool(owner and slash and name) and not model.startswith((".", "~")) and not set(name) & set("/\\") and ":" not in model
+    alike = bool(owner and slash and name) and not model.startswith((".", "~")) and not set(name) & set("/\\") and ":" not in model
+    return alike and not Path(model).exists()
 
 
 def find_shape(model: str) -> ModelShape:

@@ -25,8 +25,8 @@ from lowvram_tuner.memory.budget import GB, Budget
 from lowvram_tuner.memory.plan import Plan
 from lowvram_tuner.memory.reading import plan_chat
 from lowvram_tuner.memory.slabs import Layout, Ring, Slab, make_slab, streamed_layers
-from lowvram_tuner.models.catalogue import ModelShape, shape_from_values
-from lowvram_tuner.models.hub import find_shape, is_id
+from lowvram_tuner.models.catalogue import ModelShape
+from lowvram_tuner.models.hub import find_shape
 from lowvram_tuner.models.source import Source, load_config, locate
 from lowvram_tuner.models.weights import Weights, open_weights
 from lowvram_tuner.quant.checkpoint import Reader, open_checkpoint, stored_spec
@@ -108,18 +108,7 @@ def as_stored(config: TrainConfig) -> TrainConfig:
 def spec_for(config: TrainConfig) -> QuantSpec:
     """How a config's model is held: as its checkpoint stores it, or quantized on load with groups that fit its shape."""
     config = as_stored(config)
-    return resolve(config.bits, config.method, group_size=shape_for(config.model).group_for(config.group_size))
-
-
-def shape_for(model: str) -> ModelShape:
-    """The model's shape, as `find_shape`, or from a GGUF's header."""
-    try:
-        return find_shape(model)
-    except ConfigError:
-        if is_id(model):
-            raise
-    source = locate(model, weights=False)
-    return shape_from_values(build_skeleton(source, torch.float32).config.to_dict(), model)
+    return resolve(config.bits, config.method, group_size=find_shape(config.model).group_for(config.group_size))
 
 
 def build_skeleton(source: Source, dtype: torch.dtype) -> nn.Module:
@@ -330,7 +319,7 @@ def reading_plan(config: TrainConfig, device: torch.device, plan: Callable[[Trai
     """
     config = as_stored(config)
     card = read_card() if device.type == "cuda" else None
-    found = plan(config, shape_for(config.model), Budget.of(config, card, read_ram()))
+    found = plan(config, find_shape(config.model), Budget.of(config, card, read_ram()))
     if not found.fits and found.budget.kind == "vram":
         need, have = found.process_bytes / GB, found.budget.limit_bytes / GB
         raise ConfigError(f"model={config.model!r} needs {need:.1f} GB and {have:.1f} GB are free; close other programs or take fewer bits.")
@@ -348,7 +337,7 @@ def random_model(config_values: dict[str, Any], spec: QuantSpec, plan: Plan, dev
 
 def config_values(config: TrainConfig) -> dict[str, Any]:
     """The transformers config of a model's shape, for `random_model`."""
-    s = shape_for(config.model)
+    s = find_shape(config.model)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings")  # fmt: skip
     return {n: getattr(s, n) for n in names} | {"model_type": s.family}

@@ -23,7 +23,8 @@ from lowvram_tuner.memory.allocator import cap_allocator
 from lowvram_tuner.memory.calibrate import measure
 from lowvram_tuner.memory.plan import GB, Budget, Plan, plan_run
 from lowvram_tuner.memory.reading import plan_evaluation
-from lowvram_tuner.models.load import Loaded, as_stored, load_model, reading_plan, shape_for, spec_for
+from lowvram_tuner.models.hub import find_shape
+from lowvram_tuner.models.load import Loaded, as_stored, load_model, reading_plan, spec_for
 from lowvram_tuner.models.precision import pick_device, pick_dtype
 from lowvram_tuner.train.fused_layer import supports
 from lowvram_tuner.train.graph import CapturedStep
@@ -71,7 +72,7 @@ def make_plan(config: TrainConfig, limit: int | None = None) -> Plan:
     budget = Budget.of(config, card, read_ram())
     if limit is not None:
         budget = replace(budget, limit_bytes=min(limit, budget.limit_bytes))
-    plan = plan_run(config, shape_for(config.model), budget)
+    plan = plan_run(config, find_shape(config.model), budget)
     if not plan.fits:
         offers = "; ".join(r.label for r in plan.remedies) or "choose a smaller model"
         need, have = plan.process_bytes / GB, budget.limit_bytes / GB

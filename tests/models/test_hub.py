@@ -93,7 +93,7 @@ def ask(server, tmp_path, root):
     def run(lines: str, **environment: str):
         given = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(root), "HF_HUB_DISABLE_XET": "1"}
         kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN", "TRANSFORMERS_OFFLINE")}
-        head = "import json\nfrom lowvram_tuner.models.source import locate, load_tokenizer\nfrom lowvram_tuner.models.load import shape_for\n"
+        head = "import json\nfrom lowvram_tuner.models.source import locate, load_tokenizer\nfrom lowvram_tuner.models.hub import find_shape\n"
         done = subprocess.run(
             [sys.executable, "-c", head + textwrap.dedent(lines)], capture_output=True, text=True, env=kept | given | environment, cwd=tmp_path
         )
@@ -130,7 +130,7 @@ def test_what_the_program_reads_is_fetched_once_with_progress(server, ask):
 
 
 def test_words_and_shape_do_not_fetch_weights(server, ask):
-    assert ask('print(json.dumps([len(load_tokenizer("tests/tiny")), shape_for("tests/tiny").num_hidden_layers]))') == [260, 2]
+    assert ask('print(json.dumps([len(load_tokenizer("tests/tiny")), find_shape("tests/tiny").num_hidden_layers]))') == [260, 2]
     assert "model.safetensors" not in server.got
     assert Path(ask(LOCATE)[0], "model.safetensors").stat().st_size == len(server.files["model.safetensors"])
 
@@ -148,7 +148,7 @@ def test_a_plan_fetches_the_config_alone(server, ask):
 
 
 def test_a_plan_says_what_stands_in_the_way(server, ask):
-    refused = REFUSED.replace("locate(", "from lowvram_tuner.models.hub import find_shape\n        find_shape(")
+    refused = REFUSED.replace("locate(", "find_shape(")
     assert "'tests/none' is not on the hub" in ask(refused.format("tests/none"))
     assert "cannot be fetched from the hub" in ask(refused.format("tests/tiny"), HF_ENDPOINT="http://127.0.0.1:9")
     server.gated = True
@@ -168,6 +168,14 @@ def test_an_id(name):
 @pytest.mark.parametrize("name", ["demo", "/a", "a/", "/a/b", "a/b/c", "./b", "../b", "~/b", "a\\b", "C:/b", "a/b:c", ""])
 def test_no_id(name):
     assert not hub.is_id(name)
+
+
+def test_a_path_that_exists_is_no_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.is_id("models/a.gguf")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a.gguf").touch()
+    assert not hub.is_id("models/a.gguf")
 
 
 def test_a_stop_ends_the_download_and_the_next_one_goes_on(server, ask):

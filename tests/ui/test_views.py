@@ -154,9 +154,10 @@ def test_deleting_takes_the_name(desk, run):
     assert desk.runs() == []
 
 
-def test_start_has_its_reasons(desk, tmp_path):
+def test_start_has_its_reasons(desk, tmp_path, demo_gguf):
     values = form(TrainConfig(model="demo"))
     assert gauge_for(desk, values, None)[1].enabled
+    assert gauge_for(desk, {**values, "model": str(demo_gguf)}, None)[1].enabled
     for change, reason in (
         ({"dataset": ""}, "Choose a dataset"),
         ({"dataset": str(tmp_path / "none.jsonl")}, "no file or folder"),

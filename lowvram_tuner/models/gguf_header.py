@@ -1,0 +1,121 @@
+"""What the header of a GGUF file says of a model's shape, in a tenth of a second.
+
+The gauge waits for it, and gguf's own reader makes arrays of every word of the vocabulary first: four seconds and much memory.
+Here arrays are passed by. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lowvram_tuner.config import ConfigError
+
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct's letter by type
+_STRING, _ARRAY = 8, 9
+VERSIONS = (2, 3)
+MOST = 1 << 24  # entries of an array, keys or tensors; more is damage
+_HF_NAMES = {  # transformers' name of a value, by that in a header behind the architecture
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length", "vocab_size": "vocab_size", "num_experts": "expert_count",
+}  # fmt: skip
+
+
+class Array(NamedTuple):
+    """A value of many, which was passed by."""
+
+    count: int
+
+
+def shape_values(path: Path) -> dict[str, Any]:
+    """What transformers' config would say of the shape. ConfigError for a file that is no whole GGUF of VERSIONS."""
+    values, tensors = read_header(path)
+    kind = values.get("general.architecture")
+    found = {ours: values.get(f"{kind}.{theirs}") for ours, theirs in _HF_NAMES.items()}
+    words = values.get("tokenizer.ggml.tokens")
+    if found["vocab_size"] is None and isinstance(words, Array):
+        found["vocab_size"] = words.count
+    found |= {"model_type": kind, "tie_word_embeddings": "output.weight" not in tensors}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """(a header's values by key, arrays as `Array`; the names of its tensors). ConfigError as `shape_values`."""
+    about = path.stat()
+    return _read(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, size: int, changed: int) -> tuple[dict[str, Any], set[str]]:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Cursor(data).header()
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise ConfigError(f"{path} is no whole GGUF file of version 2 or 3 ({error}); download it again.") from None
+
+
+class _Cursor:
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
+
+    def header(self) -> tuple[dict[str, Any], set[str]]:
+        if self.data[:4] != b"GGUF":
+            raise ValueError(f"it starts with {self.data[:4]!r}, not b'GGUF'")
+        self.at = 4
+        if (version := self.number("I")) not in VERSIONS:
+            raise ValueError(f"its version is {version}")
+        tensors, keys = self.count(), self.count()
+        values = {}
+        for _ in range(keys):
+            key = self.string()
+            values[key] = self.value(self.number("I"))
+        names = {self.tensor() for _ in range(tensors)}
+        if self.at > len(self.data):
+            raise ValueError("it ends within its header")
+        return values, names
+
+    def tensor(self) -> str:
+        """The name; dimensions, type and place are passed by."""
+        name = self.string()
+        dimensions = self.number("I")
+        self.at += 8 * dimensions + 4 + 8
+        return name
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.number(_NUMBERS[kind])
+        inner, count = self.number("I"), self.count()
+        if inner in _NUMBERS:
+            self.at += count * struct.calcsize(_NUMBERS[inner])
+        else:
+            for _ in range(count):
+                self.skip_string() if inner == _STRING else self.value(inner)
+        return Array(count)
+
+    def number(self, letter: str) -> Any:
+        (value,) = struct.unpack_from(f"<{letter}", self.data, self.at)
+        self.at += struct.calcsize(letter)
+        return value
+
+    def count(self) -> int:
+        if (count := self.number("Q")) > MOST:
+            raise ValueError(f"it counts {count} entries at byte {self.at - 8}")
+        return count
+
+    def skip_string(self) -> None:
+        length = self.number("Q")
+        self.at += length
+
+    def string(self) -> str:
+        length = self.number("Q")
+        begin, end = self.at, self.at + length
+        if end > len(self.data):
+            raise ValueError(f"it ends within the text at byte {begin}")
+        self.at = end
+        return self.data[begin:end].decode("utf-8")
