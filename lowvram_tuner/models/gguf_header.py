@@ -54,7 +54,7 @@ def _read(path: Path, size: int, changed: int) -> tuple[dict[str, Any], set[str]
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Cursor(data).header()
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is no whole GGUF file of version 2 or 3 ({error}); download it again.") from None
 
 
@@ -73,49 +73,51 @@ class _Cursor:
         for _ in range(keys):
             key = self.string()
             values[key] = self.value(self.number("I"))
-        names = {self.tensor() for _ in range(tensors)}
-        if self.at > len(self.data):
-            raise ValueError("it ends within its header")
-        return values, names
+        return values, {self.tensor() for _ in range(tensors)}
 
     def tensor(self) -> str:
         """The name; dimensions, type and place are passed by."""
         name = self.string()
-        dimensions = self.number("I")
-        self.at += 8 * dimensions + 4 + 8
+        self.pass_by(8 * self.number("I") + 4 + 8)
         return name
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
-        if kind != _ARRAY:
-            return self.number(_NUMBERS[kind])
-        inner, count = self.number("I"), self.count()
-        if inner in _NUMBERS:
-            self.at += count * struct.calcsize(_NUMBERS[inner])
-        else:
+        if kind == _ARRAY:
+            return self.array(self.number("I"), self.count())
+        return self.number(_letter(kind))
+
+    def array(self, kind: int, count: int) -> Array:
+        if kind == _STRING:
             for _ in range(count):
-                self.skip_string() if inner == _STRING else self.value(inner)
+                self.pass_by(self.number("Q"))
+        else:
+            self.pass_by(count * struct.calcsize(_letter(kind)))
         return Array(count)
 
     def number(self, letter: str) -> Any:
-        (value,) = struct.unpack_from(f"<{letter}", self.data, self.at)
-        self.at += struct.calcsize(letter)
-        return value
+        begin = self.pass_by(struct.calcsize(letter))
+        return struct.unpack_from(f"<{letter}", self.data, begin)[0]
 
     def count(self) -> int:
         if (count := self.number("Q")) > MOST:
             raise ValueError(f"it counts {count} entries at byte {self.at - 8}")
         return count
 
-    def skip_string(self) -> None:
-        length = self.number("Q")
-        self.at += length
-
     def string(self) -> str:
-        length = self.number("Q")
-        begin, end = self.at, self.at + length
-        if end > len(self.data):
-            raise ValueError(f"it ends within the text at byte {begin}")
-        self.at = end
-        return self.data[begin:end].decode("utf-8")
+        begin = self.pass_by(self.number("Q"))
+        return self.data[begin : self.at].decode("utf-8")
+
+    def pass_by(self, size: int) -> int:
+        """Goes on by `size` bytes; returns where it was."""
+        begin, self.at = self.at, self.at + size
+        if self.at > len(self.data):
+            raise ValueError(f"it ends at byte {len(self.data)}, within its header")
+        return begin
+
+
+def _letter(kind: int) -> str:
+    if kind not in _NUMBERS:
+        raise ValueError(f"it has a value of type {kind}")
+    return _NUMBERS[kind]

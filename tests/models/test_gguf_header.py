@@ -104,6 +104,8 @@ def test_damage_is_one_sentence(tmp_path):
     whole = write(tmp_path / "whole.gguf", "llama").read_bytes()
     header = whole.index(b"output.weight") + 30
     wrong = {"magic": b"GGML" + whole[4:], "version": whole[:4] + b"\x01" + whole[5:], "counts": whole[:8] + b"\xff" * 8 + whole[16:], "empty": b""}
+    at = whole.index(b"llama.block_count") + len(b"llama.block_count")
+    wrong["type"] = whole[:at] + b"\x63" + whole[at + 1 :]
     wrong |= {f"cut at {at}": whole[:at] for at in (*range(1, header, 97), header)}
     for name, data in wrong.items():
         file = tmp_path / f"{name}.gguf"
