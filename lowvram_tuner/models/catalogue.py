@@ -7,7 +7,7 @@ so that the gauge answers before anything is downloaded.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from lowvram_tuner.config import DEMO_MODEL, ConfigError
@@ -84,6 +84,7 @@ google/gemma-2-2b-it gemma2 2304 9216 26 8 4 256 256000 1 0 8192
 google/gemma-2-9b-it gemma2 3584 14336 42 16 8 256 256000 1 0 8192
 microsoft/Phi-3.5-mini-instruct phi3 3072 8192 32 32 32 96 32064 0 0 131072
 """
+LARGEST = 1 << 30  # of any dimension
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ALIASES = {DEMO_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
@@ -127,21 +128,23 @@ def shape_from_config(path: Path, name: str = "") -> ModelShape:
     """The shape that a transformers config.json describes. `name`: of the model, where the folder's says nothing."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}); give a transformers config.json.") from None
     return shape_from_values(raw, name or path.parent.name)
 
 
 def shape_from_values(raw: dict, name: str) -> ModelShape:
     """The shape in the values of a transformers config; `name` stands in when they name no model."""
-    raw = {**raw, **raw.get("text_config", {})}
+    if not isinstance(raw, dict) or not isinstance(raw.get("text_config") or {}, dict):
+        raise ConfigError(f"the config of {name} is no JSON object of names and values; give a transformers config.json.")
+    raw = {**raw, **(raw.get("text_config") or {})}
     if experts := next((key for key in _EXPERTS if raw.get(key)), ""):
         raise ConfigError(f"{name} is a mixture of experts ({experts}={raw[experts]}); take a dense model, these are not trained here.")
     try:
         heads = int(raw["num_attention_heads"])
-        return ModelShape(
+        shape = ModelShape(
             name=raw.get("_name_or_path") or name,
-            family=raw["model_type"],
+            family=str(raw["model_type"]),
             hidden_size=int(raw["hidden_size"]),
             intermediate_size=int(raw["intermediate_size"]),
             num_hidden_layers=int(raw["num_hidden_layers"]),
@@ -153,5 +156,10 @@ def shape_from_values(raw: dict, name: str) -> ModelShape:
             attention_bias=bool(raw.get("attention_bias", raw["model_type"] == "qwen2")),
             max_position_embeddings=int(raw.get("max_position_embeddings", 4096)),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"{name} lacks what a decoder-only model's config has ({error}); it cannot be planned.") from None
+    for field in fields(shape):  # a stranger wrote them
+        value = getattr(shape, field.name)
+        if type(value) is int and not 1 <= value <= LARGEST:
+            raise ConfigError(f"{name} has {field.name}={value}; 1 to {LARGEST} is accepted.")
+    return shape

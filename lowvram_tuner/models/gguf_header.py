@@ -17,7 +17,7 @@ from lowvram_tuner.config import ConfigError
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct's letter by type
 _STRING, _ARRAY = 8, 9
 VERSIONS = (2, 3)
-MOST = 1 << 24  # entries of an array, keys or tensors; more is damage
+LONGEST = 64 << 20  # bytes of a header; a vocabulary of 262,000 words with its merges takes 20 million
 _HF_NAMES = {  # transformers' name of a value, by that in a header behind the architecture
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
@@ -45,17 +45,24 @@ def shape_values(path: Path) -> dict[str, Any]:
 
 def read_header(path: Path) -> tuple[dict[str, Any], set[str]]:
     """(a header's values by key, arrays as `Array`; the names of its tensors). ConfigError as `shape_values`."""
-    about = path.stat()
-    return _read(path, about.st_size, about.st_mtime_ns)
+    try:
+        about = path.stat()
+        found = _read(path, about.st_size, about.st_mtime_ns)
+    except OSError as error:
+        found = str(error)
+    if isinstance(found, str):
+        raise ConfigError(f"{path} is no whole GGUF file of version 2 or 3 ({found}); download it again.")
+    return found
 
 
 @lru_cache(maxsize=8)
-def _read(path: Path, size: int, changed: int) -> tuple[dict[str, Any], set[str]]:
+def _read(path: Path, size: int, changed: int) -> tuple[dict[str, Any], set[str]] | str:
+    """As `read_header`, or what is wrong: a damaged file is not read again and again either."""
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), min(size, LONGEST), access=mmap.ACCESS_READ) as data:
             return _Cursor(data).header()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is no whole GGUF file of version 2 or 3 ({error}); download it again.") from None
+    except ValueError as error:
+        return str(error)
 
 
 class _Cursor:
@@ -68,7 +75,7 @@ class _Cursor:
         self.at = 4
         if (version := self.number("I")) not in VERSIONS:
             raise ValueError(f"its version is {version}")
-        tensors, keys = self.count(), self.count()
+        tensors, keys = self.number("Q"), self.number("Q")
         values = {}
         for _ in range(keys):
             key = self.string()
@@ -85,7 +92,7 @@ class _Cursor:
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
-            return self.array(self.number("I"), self.count())
+            return self.array(self.number("I"), self.number("Q"))
         return self.number(_letter(kind))
 
     def array(self, kind: int, count: int) -> Array:
@@ -99,11 +106,6 @@ class _Cursor:
     def number(self, letter: str) -> Any:
         begin = self.pass_by(struct.calcsize(letter))
         return struct.unpack_from(f"<{letter}", self.data, begin)[0]
-
-    def count(self) -> int:
-        if (count := self.number("Q")) > MOST:
-            raise ValueError(f"it counts {count} entries at byte {self.at - 8}")
-        return count
 
     def string(self) -> str:
         begin = self.pass_by(self.number("Q"))

@@ -141,7 +141,7 @@ def _starting(desk: Desk, config: TrainConfig, answer: Answer, data: dict[str, A
         return Starting(False, "A run is in progress; stop it or wait until it ends.")
     if answer.plan is None:
         return Starting(False, answer.problem)
-    if answer.plan is not None and not answer.plan.fits:
+    if not answer.plan.fits:
         return Starting(False, "It does not fit; press a remedy above or choose something smaller.")
     reason = missing_data(config.dataset)
     if not reason and data and (data.get("error") or data.get("kept") == 0):

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from lowvram_tuner.config import ConfigError
+from lowvram_tuner.models import gguf_header
 from lowvram_tuner.models.catalogue import shape_of
 from lowvram_tuner.models.gguf_header import Array, read_header
 
@@ -63,7 +64,7 @@ def test_values_are_those_of_the_librarys_reader(demo_gguf):
 def test_it_needs_no_library(demo_gguf, monkeypatch):
     """The page's process has neither time nor room for gguf's own reader."""
     monkeypatch.setitem(sys.modules, "gguf", None)
-    read_header.__globals__["_read"].cache_clear()
+    gguf_header._read.cache_clear()
     assert shape_of(str(demo_gguf)).num_hidden_layers == 30
 
 
