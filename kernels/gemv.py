@@ -39,14 +39,14 @@ def processors(device: torch.device) -> int:
 
 
 def trusted(device: torch.device, kernel: str, tried: Callable[[torch.device], bool]) -> bool:
-    """Whether a kernel's products came out right here, tried once: PTX by hand meets more cards and drivers than anybody can test on.
+    """Whether a kernel's results came out right here, tried once: PTX by hand meets more cards and drivers than anybody can test on.
 
     Not while a graph is captured, which cannot wait for a result; a pass is run before it is captured.
     """
     if (device, kernel) not in _right and not torch.cuda.is_current_stream_capturing():
         _right[device, kernel] = tried(device)
         if not _right[device, kernel]:
-            log.warning("the fast product of a few rows (%s) is wrong on this card (%s); the slower one is used.", kernel, device)
+            log.warning("the fast kernel (%s) computes wrong on this card (%s); the slower one is used.", kernel, device)
     return _right.get((device, kernel), False)
 
 

@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_kernels.py [--rows 4096] [--cols 14336] [--only gptq-4]
 
 Per format: dequantize of the whole weight (packed bytes read plus 16-bit bytes written, as a share of what a plain copy
-reaches on this card), and the fused product of 1 to 32 rows against dequantize + cuBLAS, both from a graph of 8 different weights, as
-chat runs them: a product of 15 us would else be timed by the launches. Times are medians with a cold L2.
+reaches on this card), the same with an adapter merged where a format can, and the fused product of 1 to 32 rows against
+dequantize + cuBLAS, both from a graph of 8 different weights, as chat runs them: a product of 15 us would else be timed by the
+launches. Times are medians with a cold L2.
 `fused_rows` is the most rows up to which the fused product wins: what the format's class should say.
 """
 
@@ -35,6 +36,7 @@ SPECS = {
 }
 FUSED = (1, 2, 4, 8, 16, 24, 32)
 COPIES = 8
+RANK = 16  # of the adapter that is merged while dequantizing, where a format can
 DTYPE = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
@@ -79,6 +81,10 @@ def measure(spec: QuantSpec, weight: torch.Tensor, copy: float) -> dict:
         "bits_per_weight": round(packed_bytes * 8 / weight.numel(), 3),
         "dequantize_us": round(us, 1), "dequantize_gbs": round(gbs), "share_of_copy": round(gbs / copy, 3),
     }  # fmt: skip
+    if fmt.merges(cols, out.device):
+        a, b = (torch.randn(shape, dtype=DTYPE, device="cuda") for shape in ((RANK, cols), (rows, RANK)))
+        us = microseconds(lambda: fmt.dequantize_merged(packed, out, a, b, 1.0))
+        entry |= {"merged_us": round(us, 1), "merged_share_of_copy": round((packed_bytes + out.numel() * 2) / us / 1e3 / copy, 3)}
     if type(fmt).matmul is QuantFormat.matmul:
         return entry
     scratch, won = Scratch(out.numel() * 2, "cuda"), 0
