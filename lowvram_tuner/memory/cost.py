@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lowvram_tuner.memory.budget import MB, Budget, Rates
 from lowvram_tuner.memory.estimate import Work, optimizer_bytes
+from lowvram_tuner.quant.registry import quant_format
 
 ROUNDING_BYTES = 48 * MB  # the allocator's: blocks of 512 bytes, segments of 2 to 20 MB
 # For GAPS bytes of activations and work one lies in gaps between blocks, which a graph's pool cannot close, up to MOST_GAPS in all.
@@ -42,12 +43,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Layers:
-    """How many layers are streamed, keep all activations, and keep attention's output; how many chunks' gate and up are away."""
+    """How many layers are streamed, keep all activations, and keep attention's output; how many chunks' gate and up are away; how
+    many layers keep their unpacked weights too."""
 
     streamed: int = 0
     keep_all: int = 0
     keep_attention: int = 0
     gate_up: int = 0
+    weights: int = 0
 
 
 class Cost:
@@ -67,6 +70,9 @@ class Cost:
         unpacked = work.item * sum(o * i for o, i in work.shape.linears().values())
         self.packed_layer = work.layer_bytes()
         self.layer = unpacked if choice.unpacked else self.packed_layer
+        # Weights are kept unpacked from forward to backward only in a run that gives nothing up: quality is no price for this.
+        keeps = choice == Choice() and work.item == 2 and work.spec.method != "none" and quant_format(work.spec).dense
+        self.unpacked = unpacked if keeps else 0
         self.scratch = self._scratch_bytes()
         self.norms = work.norm_bytes()
         self.fixed = {
@@ -115,7 +121,7 @@ class Cost:
         again what it kept of its attention.
         """
         attention = kept.keep_attention * self.extra_attention
-        at_loss = self.inputs_at_loss + kept.keep_all * self.extra_all + attention + self._loss_work(kept.keep_all)
+        at_loss = self.inputs_at_loss + kept.keep_all * self.extra_all + attention + self._loss_work(kept.keep_all) + kept.weights * self.unpacked
         if kept.keep_all == self.layers:
             return at_loss, 0
         others = max(0, attention - self.attention_of_one)
@@ -146,26 +152,38 @@ class Cost:
         """Bytes of every part, in display order."""
         at_loss, recomputing = self._moments(kept)
         stored = self.inputs + kept.keep_all * self.extra_all + kept.keep_attention * self.extra_attention
-        beyond = max(at_loss, recomputing) - stored
+        unpacked = kept.weights * self.unpacked
+        beyond = max(at_loss, recomputing) - stored - unpacked
         layer_work = min(beyond, self.kept_work if at_loss > recomputing else beyond)
         parts = {"weights": self._weights(kept.streamed), **self.fixed}
         scratch, context = parts.pop("scratch"), parts.pop("context") + self._gaps(max(at_loss, recomputing))
         return parts | {
-            "activations": stored, "layer_work": layer_work, "loss": beyond - layer_work, "scratch": scratch, "context": context,
+            "activations": stored, "layer_work": layer_work, "loss": beyond - layer_work, "scratch": scratch + unpacked, "context": context,
         }  # fmt: skip
 
     def kept_within(self, limit: int, streamed: int = 0) -> Layers | None:
-        """As many stored activations as `limit` bytes hold: whole layers first, which save most time per byte, then
-        attention's output. None when not even a run that stores none fits, or when gate and up could go and none does: the same
-        without that choice is leaner."""
+        """As many stored activations as `limit` bytes hold: whole layers first, which save most time per byte, then attention's
+        output; where all are stored, unpacked weights. None when not even a run that stores none fits, or when gate and up could
+        go and none does: the same without that choice is leaner."""
         if limit < self.least(streamed):
             return None
         room = self._without_gaps(limit - self.always - self._weights(streamed))
         spare = room - self.inputs_at_loss - max(self.loss, self.kept_work)
-        all_ = min(self.layers, max(0, spare // self.extra_all))
-        attention = min(self.layers - all_, self._attention_within(all_, room)) if all_ < self.layers else 0
-        gate_up = self._hidden(streamed, all_, attention) if all_ < self.layers else 0
-        return None if self.choice.gate_up_away and not gate_up else Layers(streamed, all_, attention, gate_up)
+        best = self._layers(min(self.layers, max(0, spare // self.extra_all)), room, spare, streamed)
+        while 0 < best.keep_all < self.layers:  # where copies bound a step or gate and up wait outside, attention may save more
+            fewer = self._layers(best.keep_all - 1, room, spare, streamed)
+            if self.seconds(fewer) >= self.seconds(best):
+                break
+            best = fewer
+        return None if self.choice.gate_up_away and not best.gate_up else best
+
+    def _layers(self, all_: int, room: int, spare: int, streamed: int) -> Layers:
+        """With so many layers that keep everything: what else fits `room`, of which the loss leaves `spare`."""
+        if all_ == self.layers:
+            weights = min(all_, (spare - all_ * self.extra_all) // self.unpacked) if self.unpacked and not streamed else 0
+            return Layers(streamed, all_, weights=weights)
+        attention = min(self.layers - all_, self._attention_within(all_, room))
+        return Layers(streamed, all_, attention, self._hidden(streamed, all_, attention))
 
     def _attention_within(self, all_: int, room: int) -> int:
         """How many layers' attention outputs fit `room` bytes at either moment."""
@@ -214,6 +232,7 @@ class Cost:
         once = 2 * t / rates.flops + unpack  # a parameter's share of one pass
         mlp = sizes["gate_proj"] + sizes["up_proj"] + sizes["down_proj"]
         self.pass_s = self.layers * sum(sizes.values()) * once
+        self.unpack_s = sum(sizes.values()) * unpack  # of a layer, once
         self.again_s = sum(sizes[n] for n in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")) * once
         self.attention_again_s = sizes["o_proj"] * once
         self.chunks_s = max(0, -(-t // self.choice.mlp_chunk) - 1) * mlp * unpack
@@ -248,7 +267,7 @@ class Cost:
         slabs, inputs = self._transfers(kept)
         travelling = inputs + kept.gate_up * self.gate_up_s
         forward = max(forward, slabs, travelling)  # slabs come in while activations go out
-        backward = max(backward - kept.gate_up * self.gate_up_again_s, slabs + travelling)
+        backward = max(backward - kept.gate_up * self.gate_up_again_s - kept.weights * self.unpack_s, slabs + travelling)
         return self.accumulation * ((forward + backward) / together + self.rest_s) + self.optimizer_s
 
     def hiding(self, streamed: int) -> int:

@@ -3,7 +3,8 @@
 Speed is given up in this order until a run fits: activations are recomputed instead of stored, or wait in host memory as far
 as the bus carries them there and back in time, their checkpoints move there too, the embeddings move to the host, the head
 takes fewer bits, the optimizer's state moves to the host, working buffers shrink, and last of all layers are streamed from the
-host. What room is left then buys back stored activations, layer by layer. `cost.py` says what each way takes.
+host. What room is left then buys back stored activations, layer by layer, and where nothing is given up, weights that are
+unpacked once a pass, not twice. `cost.py` says what each way takes.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Plan:
     remedies: tuple[Remedy, ...] = ()
     keep_all: int = 0  # layers that store all activations (the last ones)
     keep_attention: int = 0  # layers before those that store attention's output
+    keep_weights: int = 0  # layers (the last ones) whose weights stay unpacked from forward to backward
     streamed: int = 0  # layers whose slab stays in host memory
     inputs_on_host: bool = False
     gate_up_on_host: int = 0  # chunks of layers whose gate and up wait on the host instead of being computed again
@@ -74,7 +76,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The decisions, for logs and `--json`."""
-        names = ("keep_all", "keep_attention", "streamed", "inputs_on_host", "gate_up_on_host", "embeddings_on_host", "head_bits",
+        names = ("keep_all", "keep_attention", "keep_weights", "streamed", "inputs_on_host", "gate_up_on_host", "embeddings_on_host", "head_bits",
                  "optimizer_on_host", "optimizer_bits", "scratch_bytes", "mlp_chunk", "together")  # fmt: skip
         return {n: getattr(self, n) for n in names} | {"words": list(self.words)}
 
@@ -196,6 +198,7 @@ def _plan(cost: Cost, kept: Layers, budget: Budget) -> Plan:
         words=_words(cost, kept, budget),
         keep_all=kept.keep_all,
         keep_attention=kept.keep_attention,
+        keep_weights=kept.weights,
         streamed=kept.streamed,
         inputs_on_host=cost.inputs_away(kept) > 0,
         gate_up_on_host=kept.gate_up,
@@ -228,6 +231,8 @@ def _words(cost: Cost, kept: Layers, budget: Budget) -> tuple[str, ...]:
         words.append("some activations wait in RAM")
     recomputed = n - kept.keep_all
     words.append(f"activations recomputed in {recomputed} of {n} layers" if recomputed else "activations kept")
+    if kept.weights:
+        words.append("weights unpacked once a pass" if kept.weights == n else f"weights of {kept.weights} of {n} layers unpacked once a pass")
     return (*words, budget.note) if budget.note else tuple(words)
 
 

@@ -5,7 +5,8 @@
 q, k and v share their input, and so do gate and up: each group is dequantized into the scratch once and multiplied once.
 Backward is written out because autograd would keep what frozen weights do not need: here a layer keeps its input, or the
 attention's output too, or everything, as the plan says, and what was not kept is computed again. The last product of a
-layer is never computed again, since only its input is needed.
+layer is never computed again, since only its input is needed. A layer that keeps everything can keep its weights too as
+forward unpacked them, for backward.
 
 `memory/estimate.py` counts what is alive here; change both together.
 """
@@ -42,7 +43,8 @@ class Sequences:
 
 @dataclass
 class Kept:
-    """What one layer keeps until its backward. x2, attention, qkv and gate_up are None when they are computed again."""
+    """What one layer keeps until its backward. x2, attention, qkv and gate_up are None when they are computed again; weights is
+    a stack of what its groups unpacked, which their backward takes from in turn, or None."""
 
     x: torch.Tensor
     x2: torch.Tensor | None = None
@@ -50,6 +52,7 @@ class Kept:
     qkv: torch.Tensor | None = None
     rotated: torch.Tensor | None = None
     gate_up: torch.Tensor | None = None
+    weights: list[torch.Tensor | None] | None = None
 
 
 class LinearGroup:
@@ -113,8 +116,19 @@ class LinearGroup:
             base.format.merges(self.in_features, x.device) for base in self.bases
         )
 
-    def _dequantize(self, dtype: torch.dtype, merged: bool = False) -> torch.Tensor:
-        w = self.bases[0].scratch.tile(self.out_features, self.in_features, dtype)
+    def _unpacked(self, x: torch.Tensor, kept: list[torch.Tensor | None] | None = None) -> torch.Tensor | None:
+        """The group's weights for a pass over x [T, ..], with the adapter where it is merged: onto the stack `kept` if there is
+        one, else in the scratch where they fit it in one piece. None where they are multiplied one by one."""
+        w = None
+        if kept is not None:
+            if all(base.format.dense for base in self.bases):
+                w = x.new_empty(self.out_features, self.in_features)
+            kept.append(w)
+        elif self._merges(x) or self._whole(x.dtype):
+            w = self.bases[0].scratch.tile(self.out_features, self.in_features, x.dtype)
+        return None if w is None else self._dequantize(w, self._merges(x))
+
+    def _dequantize(self, w: torch.Tensor, merged: bool) -> torch.Tensor:
         for i, (base, start, stop) in enumerate(zip(self.bases, self.edges, self.edges[1:])):
             if merged and i in self.adapted:
                 ranks, b = self.adapted[i]
@@ -123,35 +137,35 @@ class LinearGroup:
                 base.format.dequantize(base.packed, w[start:stop])
         return w
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        """x [T, in] to y [T, out], which may be given."""
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None, kept: list[torch.Tensor | None] | None = None) -> torch.Tensor:
+        """x [T, in] to y [T, out], which may be given. kept: where the unpacked weights stay for `grad_input`."""
         y = x.new_empty(x.shape[0], self.out_features) if y is None else y
-        merged = self._merges(x)
-        if merged or self._whole(x.dtype):
-            torch.mm(x, self._dequantize(x.dtype, merged).t(), out=y)
+        w = self._unpacked(x, kept)
+        if w is not None:
+            torch.mm(x, w.t(), out=y)
         else:
             for base, start, stop in zip(self.bases, self.edges, self.edges[1:]):
                 base.format.forward(x, base.packed, base.scratch, y[:, start:stop])
         if self.bias is not None:
             y += self.bias
-        if self.members and not merged:
+        if self.members and not self._merges(x):
             down = x @ self.a.t()  # [T, R]
             for columns, ranks, b, _ in self.members:
                 y[:, columns].addmm_(down[:, ranks], b.t(), alpha=self.scaling)
         return y
 
-    def backward(self, gy: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+    def backward(self, gy: torch.Tensor, x: torch.Tensor | None, kept: list[torch.Tensor | None] | None = None) -> torch.Tensor:
         """Adds the adapter's gradients and returns gx [T, in]. x: the group's input, not needed without an adapter."""
-        gx, up = self.grad_input(gy)
+        gx, up = self.grad_input(gy, kept)
         if self.members:
             self.adapter_gradients(gy, x, up)
         return gx
 
-    def grad_input(self, gy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """gx [T, in], and with an adapter gy B [T, R], which its gradients need too."""
-        merged = self._merges(gy)
-        if merged or self._whole(gy.dtype):
-            gx = torch.mm(gy, self._dequantize(gy.dtype, merged))
+    def grad_input(self, gy: torch.Tensor, kept: list[torch.Tensor | None] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """gx [T, in], and with an adapter gy B [T, R], which its gradients need too. kept: as forward filled it."""
+        w = self._unpacked(gy) if kept is None else kept.pop()
+        if w is not None:
+            gx = torch.mm(gy, w)
         else:
             gx = gy.new_zeros(gy.shape[0], self.in_features)
             for base, start, stop in zip(self.bases, self.edges, self.edges[1:]):
@@ -161,7 +175,7 @@ class LinearGroup:
         up = gy.new_empty(gy.shape[0], self.rank)
         for columns, ranks, b, _ in self.members:
             torch.mm(gy[:, columns], b, out=up[:, ranks])
-        return gx if merged else gx.addmm_(up, self.a, alpha=self.scaling), up
+        return gx if self._merges(gy) else gx.addmm_(up, self.a, alpha=self.scaling), up
 
     def adapter_gradients(self, gy: torch.Tensor, x: torch.Tensor, up: torch.Tensor) -> None:
         """grad A += s (gy B)^T x, grad B += s gy^T (x A^T)."""
@@ -188,24 +202,26 @@ class FusedLayer:
             self.head_norm = HeadNorm(attn.q_norm.weight, attn.k_norm.weight, attn.q_norm.variance_epsilon)
 
     def forward(
-        self, x: torch.Tensor, sequences: Sequences, keep: str | None, away: Callable[[int, torch.Tensor], None] | None = None
-    ) -> tuple[torch.Tensor, Kept]:
+        self, x: torch.Tensor, sequences: Sequences, keep: str | None,
+        away: Callable[[int, torch.Tensor], None] | None = None, keep_weights: bool = False,
+    ) -> tuple[torch.Tensor, Kept]:  # fmt: skip
         """x: [T, H]. `keep` None keeps nothing (evaluation). Returns y [T, H] and what backward needs.
 
         away(chunk, gate_up): takes each chunk's gate and up [C, 2 I] elsewhere, so that they are not computed again.
+        keep_weights: with `keep` ALL, the unpacked weights stay as well.
         """
-        kept, x2 = Kept(x), torch.empty_like(x)  # what outlives the layer lies below what does not: see `cost.GAPS`
-        qkv = self.qkv.forward(self._norm(self.norm1, x)[0])
+        kept, x2 = Kept(x, weights=[] if keep_weights else None), torch.empty_like(x)  # what outlives the layer lies below: see `cost.GAPS`
+        qkv = self.qkv.forward(self._norm(self.norm1, x)[0], kept=kept.weights)
         rotated, saved = self._attend(qkv, sequences)
-        self.o.forward(saved.out.flatten(1), x2).add_(x)
+        self.o.forward(saved.out.flatten(1), x2, kept.weights).add_(x)
         if keep in (ATTENTION, ALL):
             kept.x2, kept.attention = x2, saved
         if keep == ALL:
             kept.qkv, kept.rotated = qkv, rotated
         del qkv, rotated, saved
         if keep == ALL:
-            kept.gate_up = self.gate_up.forward(self._norm(self.norm2, x2)[0])
-            return self.down.forward(swiglu(kept.gate_up)).add_(x2), kept
+            kept.gate_up = self.gate_up.forward(self._norm(self.norm2, x2)[0], kept=kept.weights)
+            return self.down.forward(swiglu(kept.gate_up), kept=kept.weights).add_(x2), kept
         y = x2.clone() if keep == ATTENTION else x2
         for chunk, part in enumerate(self._chunks(x.shape[0])):
             gate_up = self.gate_up.forward(self._norm(self.norm2, x2[part])[0])
@@ -236,26 +252,26 @@ class FusedLayer:
             x2 = self.o.forward(saved.out.flatten(1)).add_(x)
         for chunk, part in enumerate([slice(None)] if kept.gate_up is not None else self._chunks(x.shape[0])):
             gate_up = back(chunk) if back is not None and kept.gate_up is None else kept.gate_up
-            self._mlp_backward(gy[part], x2[part], gate_up)
+            self._mlp_backward(gy[part], x2[part], gate_up, kept.weights)
             del gate_up
         del x2, kept.x2, kept.gate_up
-        return self._attention_backward(gy, x, rstd, qkv, rotated, saved, sequences)
+        return self._attention_backward(gy, x, rstd, qkv, rotated, saved, sequences, kept.weights)
 
-    def _mlp_backward(self, gy: torch.Tensor, x2: torch.Tensor, gate_up: torch.Tensor | None) -> None:
+    def _mlp_backward(self, gy: torch.Tensor, x2: torch.Tensor, gate_up: torch.Tensor | None, weights: list | None) -> None:
         """Turns gy, the gradient of y, into the gradient of x2, in place."""
         h, rstd = self._norm(self.norm2, x2)
         if gate_up is None:
             gate_up = self.gate_up.forward(h)
-        ga, up = self.down.grad_input(gy)
+        ga, up = self.down.grad_input(gy, weights)
         swiglu_backward(gate_up, ga)  # gate_up: its gradient; ga: the input of down
         if up is not None:
             self.down.adapter_gradients(gy, ga, up)
         del ga
-        gh = self.gate_up.backward(gate_up, h)
+        gh = self.gate_up.backward(gate_up, h, weights)
         rms_norm_backward(gh, x2, self.norm2.weight, rstd, gy)
 
-    def _attention_backward(self, gy, x, rstd, qkv, rotated, saved, sequences) -> torch.Tensor:
-        go = self.o.backward(gy, saved.out.flatten(1))
+    def _attention_backward(self, gy, x, rstd, qkv, rotated, saved, sequences, weights) -> torch.Tensor:
+        go = self.o.backward(gy, saved.out.flatten(1), weights)
         q, k, v = self._heads(qkv, rotated)
         grads = attention_backward(
             go.view(q.shape), q, k, v, saved, sequences.cu_seqlens, sequences.max_len, self.scale
@@ -264,7 +280,7 @@ class FusedLayer:
         gqkv = rope_backward(*grads, qkv if self.head_norm else None, sequences.cos, sequences.sin, self.head_norm)
         del grads, qkv
         h = self._norm(self.norm1, x)[0] if self.qkv.members else None
-        return rms_norm_backward(self.qkv.backward(gqkv, h), x, self.norm1.weight, rstd, gy)
+        return rms_norm_backward(self.qkv.backward(gqkv, h, weights), x, self.norm1.weight, rstd, gy)
 
     def _norm(self, norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return rms_norm(x, norm.weight, norm.variance_epsilon)

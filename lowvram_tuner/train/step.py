@@ -129,13 +129,13 @@ class FusedStep:
     def _forward(self, index: int, xs: list[torch.Tensor], sequences: list[Sequences]) -> list[Kept | None]:
         """A layer's outputs in the place of its inputs `xs`; returns what it keeps of each."""
         self._enter(index, +1)
-        level, kept = self.keep_level(index), []
+        level, kept, weights = self.keep_level(index), [], len(self.layers) - 1 - index < self.plan.keep_weights
         if self.gate_up is not None and index == self.away_until:
             self.gate_up.store.settle()
         if self.inputs is not None and level != INPUT:
             self.inputs.settle()
         for i, x in enumerate(xs):
-            xs[i], saved = self.layers[index].forward(x, sequences[i], level, self.gate_up and self.gate_up.takes(index))
+            xs[i], saved = self.layers[index].forward(x, sequences[i], level, self.gate_up and self.gate_up.takes(index), weights)
             if self.inputs is not None and level == INPUT:
                 self.inputs.put(index * self.plan.together + i, x)
                 saved.x = None

@@ -151,10 +151,9 @@ def weightless(monkeypatch):
 
 
 def one_pass(model: str, layers: int, batch: int, length: int, gb: float, **options):
-    """The plan of a 16-bit model's first layers in a budget, and what one pass as planned takes of a pool."""
-    config = TrainConfig(
-        model=model, bits=16, micro_batch_size=batch, max_seq_length=length, packing=False, **{"gradient_accumulation_steps": 1} | options
-    )
+    """The plan of a model's first layers in a budget, and what one pass as planned takes of a pool, of 16-bit weights."""
+    options = {"bits": 16, "gradient_accumulation_steps": 1} | options
+    config = TrainConfig(model=model, micro_batch_size=batch, max_seq_length=length, packing=False, **options)
     shape = replace(shape_of(model), num_hidden_layers=layers)
     plan = plan_run(config, shape, Budget(int(gb * GB), 0, int(gb * GB), "vram", CONTEXT, RATES, "", 60 * GB))
     resident = replace(plan, streamed=0, embeddings_on_host=False, head_bits=16)
@@ -199,6 +198,17 @@ def test_micro_batches_that_share_a_transfer_take_what_the_plan_says(weightless)
     assert plan.streamed and plan.together > 1, plan.to_dict()
     planned = sum(plan.components[name] for name in ("activations", "layer_work", "loss"))
     assert -0.01 <= plan.allocated_bytes / (plan.allocated_bytes - planned + pool.peak) - 1 <= 0.03, (planned, pool.peak)
+
+
+@pytest.mark.parametrize("gb, layers", [(6.5, 4), (12, 6)])
+def test_weights_that_stay_unpacked_take_what_the_plan_says(gb, layers, weightless):
+    plan, pool = one_pass("meta-llama/Llama-3.1-8B-Instruct", 6, 1, 512, gb, bits=4)
+    assert plan.keep_weights == layers and plan.keep_all == 6, plan.to_dict()
+    unpacked = layers * 2 * sum(o * i for o, i in shape_of("meta-llama/Llama-3.1-8B-Instruct").linears().values())
+    planned = unpacked + sum(plan.components[name] for name in ("activations", "layer_work", "loss"))
+    assert plan.components["scratch"] == unpacked + plan.scratch_bytes + cost.WORKSPACE_BYTES
+    assert -0.01 <= plan.allocated_bytes / (plan.allocated_bytes - planned + pool.peak) - 1 <= 0.03, (planned, pool.peak)
+    assert pool.fullest - pool.peak <= plan.components["context"] - CONTEXT
 
 
 def test_gaps_of_a_whole_model_stay_within_the_plan(weightless):

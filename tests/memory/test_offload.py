@@ -51,7 +51,7 @@ def test_what_came_back_is_not_computed_again(monkeypatch):
     loaded, adapter = make_case(model_values("llama"))
     calls = []
     original = fused_layer.LinearGroup.forward
-    monkeypatch.setattr(fused_layer.LinearGroup, "forward", lambda self, *given: (calls.append(self.out_features), original(self, *given))[1])
+    monkeypatch.setattr(fused_layer.LinearGroup, "forward", lambda self, *given, **more: (calls.append(self.out_features), original(self, *given, **more))[1])
     batch, gate_up = batch_of(flat()), 2 * 160
 
     def products(**decisions):

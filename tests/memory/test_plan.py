@@ -127,6 +127,22 @@ def test_kept_layers_and_streamed_layers_are_layers():
     assert plan_of("meta-llama/Llama-3.1-8B-Instruct", 24).keep_all == 32
 
 
+def test_weights_stay_unpacked_where_there_is_room_and_nothing_is_given_up():
+    counts = {gb: plan_of("meta-llama/Llama-3.1-8B-Instruct", gb) for gb in (10, 12, 16, 24)}
+    assert [p.keep_weights for p in counts.values()] == sorted(p.keep_weights for p in counts.values())
+    assert counts[10].keep_weights < 4 < counts[16].keep_weights < counts[24].keep_weights == 32
+    assert "weights unpacked once a pass" in counts[24].words
+    assert counts[24].step_s < counts[16].step_s < counts[10].step_s
+    for model, bits in CASES:
+        for plan in (plan_of(model, 1.0 + step / 2, bits=bits) for step in range(60)):
+            if plan.keep_weights:
+                assert plan.keep_all == shape_of(model).num_hidden_layers and plan.optimizer_bits == 32 and bits != 16
+                assert not (plan.streamed or plan.embeddings_on_host or plan.head_bits < 16)
+    assert plan_of("meta-llama/Llama-3.1-8B-Instruct", 60, bits=16).keep_weights == 0
+    assert plan_of("meta-llama/Llama-3.1-8B-Instruct", 60, bits=2).keep_weights == 0  # quip never unpacks a whole weight for a product
+    assert plan_of("Qwen/Qwen2.5-1.5B-Instruct", 60, kind="ram").keep_weights == 0
+
+
 def test_what_moves_to_the_host_is_counted_there():
     rich, poor = plan_of("meta-llama/Llama-3.1-8B-Instruct", 24), plan_of("meta-llama/Llama-3.1-8B-Instruct", 4)
     assert rich.host_bytes == 0 and poor.streamed > 0

@@ -23,7 +23,7 @@ from lowvram_tuner.train.step import FusedStep, to_batch
 from tests.engine_cases import make_plan, reference
 
 STEPS, LENGTH, RATE = 100, 128, 5e-4
-PLAN = {"keep_all": 10, "keep_attention": 5, "inputs_on_host": True, "gate_up_on_host": 8, "scratch_bytes": 2 * 1536 * 576 * 4}
+PLAN = {"keep_all": 10, "keep_weights": 6, "keep_attention": 5, "inputs_on_host": True, "gate_up_on_host": 8, "scratch_bytes": 2 * 1536 * 576 * 4}
 CARD = torch.device("cuda", 0)
 
 

@@ -36,6 +36,18 @@ def test_merged_equals_autograd(family, targets, merges):
     assert len(merges) == passes * len(targets or range(7)) - (0 if targets else 3)  # the last product is not computed again
 
 
+def test_kept_weights_are_merged_once(merges):
+    """Of three layers, two keep their weights from forward to backward."""
+    plan = make_plan(keep_all=3, keep_weights=2, **PLAN)
+    loaded, adapter = make_case(model_values("llama", intermediate_size=192, head_dim=32), 4, plan)
+    data = flat()
+    loss, wanted = reference(adapter, data)
+    adapter.gradients.zero_()
+    total = FusedStep(loaded, adapter, plan).accumulate(batch_of(data), torch.tensor(1.0))
+    assert float(total) == pytest.approx(loss, rel=1e-6) and relative(adapter.gradients, wanted) < 3e-6
+    assert len(merges) == 7 * (3 + 1)
+
+
 def test_what_cannot_be_merged_is_added_beside(merges):
     """160 columns are no whole number of blocks of 64: down's adapter stays beside its weight, the others are merged."""
     loaded, adapter = make_case(model_values("llama"), 4)
