@@ -124,7 +124,7 @@ def _scale(absmax, nested, offset, DOUBLE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "blocks", "programs"])
-def _merge_kernel(
+def _merge_tiles_kernel(
     codes_ptr, absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, map_ptr, a_ptr, b_ptr, out_ptr,
     first_row, rows, blocks, rank, scaling, programs, DOUBLE: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +207,7 @@ def merge(
     strips, tiles = triton.cdiv(blocks, WARPS), triton.cdiv(rows, 16)
     at_once = max(1, RESIDENT[chunks] * processors(out.device) // strips)  # of a strip, so that all programs run at once
     programs = triton.cdiv(tiles, triton.cdiv(tiles, at_once))
-    _merge_kernel[(strips * programs,)](
+    _merge_tiles_kernel[(strips * programs,)](
         packed["weight"], absmax, *nested, packed["quant_map"], a, b, out, row_start, rows, blocks, rank, scaling, programs,
         DOUBLE=double, CHUNKS=chunks, WARPS=WARPS, num_warps=WARPS,
         enable_fp_fusion=False,  # product and sum of an absmax are rounded one after the other, as the format defines them

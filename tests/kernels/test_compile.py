@@ -33,7 +33,7 @@ def cases(half, multiplies):
         for double in (True, False) if rank == 16 else ():
             for chunks in merge_nf4_ptx.RESIDENT:
                 arguments = (u8, u8 if double else f32, f32, f32, f32, f32, x, x, x, 0, 4096, 64, 16 * chunks, 2.0, 9)
-                yield merge_nf4_ptx._merge_kernel, arguments, {"DOUBLE": double, "CHUNKS": chunks, "WARPS": merge_nf4_ptx.WARPS}
+                yield merge_nf4_ptx._merge_tiles_kernel, arguments, {"DOUBLE": double, "CHUNKS": chunks, "WARPS": merge_nf4_ptx.WARPS}
     yield norm._forward_kernel, (x, x, x, f32, 4096, 4096, 1e-5), {"BLOCK": 4096}
     yield norm._backward_kernel, (x, x, x, f32, x, 4096, 4096), {"BLOCK": 4096}
     for has_norm in (True, False):
