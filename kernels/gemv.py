@@ -46,7 +46,7 @@ def trusted(device: torch.device, kernel: str, tried: Callable[[torch.device], b
     if (device, kernel) not in _right and not torch.cuda.is_current_stream_capturing():
         _right[device, kernel] = tried(device)
         if not _right[device, kernel]:
-            log.warning("the fast kernel (%s) computes wrong on this card (%s); the slower one is used.", kernel, device)
+            log.warning("the fast kernel (%s) is wrong on this card (%s); the slower one is used.", kernel, device)
     return _right.get((device, kernel), False)
 
 

@@ -4,7 +4,7 @@ A pass over many tokens T would otherwise add s (x A^T) B^T to y [T, out], which
 gradient of x. Here the adapter costs no memory traffic but A and B themselves: the tile of W is in registers anyway, and
 B A is a product of inner size r on the tensor cores. The sum is rounded as W alone would have been.
 
-`merge_nf4_ptx.py` does the same for 16 bits and the usual ranks on the cards it is made for; the kernel here for everything else.
+`merge_nf4_tiles.py` does the same for 16 bits and the usual ranks on the cards it is made for; the kernel here for everything else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import merge_nf4_ptx
+from kernels import merge_nf4_tiles
 from kernels.dequant_nf4 import block_scales
 
 ROWS = 64  # of W a program; its columns are one block of 64
@@ -52,8 +52,8 @@ def merge(
     rows, cols = out.shape
     if cols % 64 or not (out.is_contiguous() and a.is_contiguous() and b.is_contiguous()):
         raise ValueError(f"nf4 merges into contiguous rows of a multiple of 64 values; in={cols}, strides={out.stride()}.")
-    if merge_nf4_ptx.takes(packed, out, a, b):
-        return merge_nf4_ptx.merge(packed, out, a, b, scaling, row_start)
+    if merge_nf4_tiles.takes(packed, out, a, b):
+        return merge_nf4_tiles.merge(packed, out, a, b, scaling, row_start)
     double = "nested_absmax" in packed
     absmax = packed["absmax"]
     nested = (packed["nested_absmax"], packed["nested_quant_map"], packed["nested_offset"]) if double else (absmax,) * 3

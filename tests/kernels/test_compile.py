@@ -16,7 +16,7 @@ def cases(half, multiplies):
     import torch
     from triton.runtime.jit import MockTensor
 
-    from kernels import adamw, dequant_nf4, gather, loss, merge_nf4, merge_nf4_ptx, norm, rope, swiglu
+    from kernels import adamw, dequant_nf4, gather, loss, merge_nf4, merge_nf4_tiles, norm, rope, swiglu
 
     def t(dtype):
         return MockTensor(dtype, [1 << 20])
@@ -31,9 +31,9 @@ def cases(half, multiplies):
         sizes = {"DOUBLE": True, "RANK": rank, "ROWS": merge_nf4.ROWS}
         yield merge_nf4._merge_kernel, (u8, u8, f32, f32, f32, f32, x, x, x, 0, 4096, 4096, rank, 2.0), sizes
         for double in (True, False) if rank == 16 else ():
-            for chunks in merge_nf4_ptx.RESIDENT:
+            for chunks in merge_nf4_tiles.RESIDENT:
                 arguments = (u8, u8 if double else f32, f32, f32, f32, f32, x, x, x, 0, 4096, 64, 16 * chunks, 2.0, 9)
-                yield merge_nf4_ptx._merge_tiles_kernel, arguments, {"DOUBLE": double, "CHUNKS": chunks, "WARPS": merge_nf4_ptx.WARPS}
+                yield merge_nf4_tiles._merge_tiles_kernel, arguments, {"DOUBLE": double, "CHUNKS": chunks, "WARPS": merge_nf4_tiles.WARPS}
     yield norm._forward_kernel, (x, x, x, f32, 4096, 4096, 1e-5), {"BLOCK": 4096}
     yield norm._backward_kernel, (x, x, x, f32, x, 4096, 4096), {"BLOCK": 4096}
     for has_norm in (True, False):

@@ -10,7 +10,7 @@ import torch
 from kernels import reference_nf4
 
 pytest.importorskip("triton")
-from kernels import dequant_nf4, merge_nf4, merge_nf4_ptx
+from kernels import dequant_nf4
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels are compiled here")
 SHAPES = [(576, 1536), (64, 100), (33, 130)]  # the demo model's largest, and two that no block divides
@@ -134,51 +134,6 @@ def test_kernel_equals_the_reference(shape):
         assert torch.equal(out, reference_nf4.dequantize(packed, torch.empty(1, 2))) and out[0, 1] == -2.0
         return
     check(shape, "cpu", (torch.float32, torch.float16))
-
-
-def check_merged(shape, rank, device, dtype, rows):
-    """W + s B A in fp32, rounded once, with a guard row behind the output; and W alone where B is zero."""
-    first, count = rows
-    generator = torch.Generator().manual_seed(rank)
-    a, b = torch.randn(rank, shape[1], generator=generator), torch.randn(shape[0], rank, generator=generator)
-    a, b = a.to(device, dtype), b.to(device, dtype)
-    b[first + 1] = 0.0
-    for double in (True, False):
-        packed = reference_nf4.quantize(weight(shape, device=device), double)
-        guard = torch.full((count + 1, shape[1]), torch.nan, dtype=dtype, device=device)
-        merge_nf4.merge(packed, guard[:-1], a, b[first : first + count], 0.5, first)
-        w = reference_nf4.dequantize(packed, torch.empty(shape, device=device))[first : first + count].double()
-        want = w + 0.5 * (b[first : first + count].double() @ a.double())
-        step = {torch.float32: 2**-22, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
-        size = w.abs() + 0.5 * (b[first : first + count].double().abs() @ a.double().abs())  # what an fp32 sum may be off by
-        size += 2**-3 if dtype == torch.float16 else 0.0  # its step near zero: 2^-25 is half of it
-        assert bool(((guard[:-1].double() - want).abs() <= step * want.abs() + 2**-22 * size).all()), (double, dtype)
-        assert torch.equal(guard[1], w[1].to(dtype)) and guard[-1].isnan().all()
-
-
-@interpreted
-@pytest.mark.parametrize("rank", [1, 16, 20])
-@pytest.mark.parametrize("shape, rows", [((70, 128), (0, 70)), ((70, 192), (5, 33))], ids=str)
-def test_an_adapter_is_merged_while_dequantizing(shape, rows, rank):
-    check_merged(shape, rank, "cpu", torch.float32, rows)
-
-
-@interpreted
-def test_merging_rounds_once():
-    check_merged((70, 128), 16, "cpu", torch.float16, (0, 70))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(576, 1536), (45, 576), (4096, 4096), (1024, 11008)], ids=str)
-def test_an_adapter_is_merged_on_the_card(shape, dtype):
-    """Ranks of one, two and four products, whole or not, and two that only the other kernel takes."""
-    if torch.cuda.get_device_capability()[0] < 8:
-        pytest.skip("merging needs tensor cores")
-    assert merge_nf4_ptx.trusted(torch.device("cuda", 0), "nf4 with an adapter", merge_nf4_ptx._tried)
-    for rank in (4, 16, 20, 32, 64, 18, 128):
-        check_merged(shape, rank, "cuda", dtype, (0, shape[0]))
-        check_merged(shape, rank, "cuda", dtype, (3, shape[0] - 5))
 
 
 @interpreted

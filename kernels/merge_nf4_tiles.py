@@ -1,6 +1,6 @@
 """NF4 to 16 bit with a LoRA adapter added on the way, on cards from compute capability 8.0 on: out = W + s B A, rounded once.
 
-The same as the kernel of `merge_nf4.py`, which spends most of its time on bringing W and B A into one layout through shared
+The kernel of `merge_nf4.py` does the same, and spends most of its time on bringing W and B A into one layout through shared
 memory. Here W is decoded where the tensor cores leave B A, and nothing moves between threads. A product has 16 rows and 8
 columns, of which lane 4 g + t holds columns 2 t and 2 t + 1 of rows g and g + 8. Which columns of out these are is free, as
 long as A is read to match: column n of product j is column 32 (n % 2) + 8 (n // 2) + j of a block of 64, so that eight products
@@ -88,17 +88,60 @@ IN_1, IN_2, IN_4 = (tl.constexpr("=r,l,l" + ",r" * 6 + ",f" * 3 + ",r" * (20 * c
 
 
 @triton.jit
+def _store_tables(map_ptr, nested_map_ptr, thread, DOUBLE: tl.constexpr):
+    """The levels, and the values of a stored absmax, to shared memory."""
+    arguments = [map_ptr.to(tl.int64) + thread * 0, nested_map_ptr.to(tl.int64) + thread * 0, thread]
+    tl.inline_asm_elementwise(STORE_TABLES if DOUBLE else STORE_LEVELS, "=r,l,l,r", arguments, tl.int32, False, 1)
+
+
+@triton.jit
+def _share(absmax):
+    """What a stored absmax stands for. Impure, so that it stays behind `_store_tables`."""
+    return tl.inline_asm_elementwise(SHARE, "=f,r", [absmax], tl.float32, False, 1)
+
+
+@triton.jit
+def _load_codes(codes_ptr, index):
+    """A lane's two words of a row's block, 16 bytes apart."""
+    return tl.inline_asm_elementwise(LOAD_CODES, "=&r,=r,l", [codes_ptr.to(tl.int64) + index], TWO_WORDS, False, 1)
+
+
+@triton.jit
+def _load_b(b_ptr, index, valid):
+    """b[index] to b[index + 3], two a word; zeros where not `valid`."""
+    return tl.inline_asm_elementwise(LOAD_B, "=&r,=&r,l,r", [b_ptr.to(tl.int64) + index * 2, valid.to(tl.int32)], TWO_WORDS, False, 1)
+
+
+@triton.jit
+def _load_a(a_ptr, index, cols, valid):
+    """Eight columns of four rows from a[index] on: of each column its first two rows in a word, then the other two."""
+    arguments = [a_ptr.to(tl.int64) + index * 2, cols.to(tl.int64) * 2 + index * 0, valid.to(tl.int32)]
+    return tl.inline_asm_elementwise(LOAD_A, OUT_A, arguments, SIXTEEN_WORDS, False, 1)
+
+
+@triton.jit
+def _merge(places, codes, scales, b, a, BF16: tl.constexpr, CHUNKS: tl.constexpr):
+    """Decodes a lane's 32 values, adds their part of s B A, rounds and stores. places: of its two rows, and whether they are there."""
+    arguments = places + codes + scales + b + a
+    if CHUNKS == 1:
+        tl.inline_asm_elementwise(MERGE_BF16_1 if BF16 else MERGE_F16_1, IN_1, arguments, tl.int32, False, 1)
+    elif CHUNKS == 2:
+        tl.inline_asm_elementwise(MERGE_BF16_2 if BF16 else MERGE_F16_2, IN_2, arguments, tl.int32, False, 1)
+    else:
+        tl.inline_asm_elementwise(MERGE_BF16_4 if BF16 else MERGE_F16_4, IN_4, arguments, tl.int32, False, 1)
+
+
+@triton.jit
 def _load_row(codes_ptr, absmax_ptr, nested_ptr, b_ptr, row, first_row, blocks, rank, block, lane, DOUBLE: tl.constexpr, CHUNKS: tl.constexpr):
-    """What a lane reads of a row: two words of codes, the stored absmax and what it is a share of, and words of B."""
+    """What a lane reads of a row: its codes, the stored absmax and what it is a share of, and words of B."""
     number = (first_row + row).to(tl.int64) * blocks + block
-    codes = tl.inline_asm_elementwise(LOAD_CODES, "=&r,=r,l", [codes_ptr.to(tl.int64) + number * 32 + lane % 4 * 4], TWO_WORDS, False, 1)
+    codes = _load_codes(codes_ptr, number * 32 + lane % 4 * 4)
     absmax = _load_byte(absmax_ptr, number, lane >= 0) if DOUBLE else _load_float(absmax_ptr, number)
     nested = _load_float(nested_ptr, number >> 8) if DOUBLE else absmax
     b = ()
     for chunk in tl.static_range(CHUNKS):
-        place = chunk * 16 + lane % 4 * 4
-        address = b_ptr.to(tl.int64) + (row.to(tl.int64) * rank + place) * 2
-        b = b + tl.inline_asm_elementwise(LOAD_B, "=&r,=&r,l,r", [address, (place < rank).to(tl.int32)], TWO_WORDS, False, 1)
+        k = chunk * 16 + lane % 4 * 4
+        b = b + _load_b(b_ptr, row.to(tl.int64) * rank + k, k < rank)
     return codes, absmax, nested, b
 
 
@@ -114,15 +157,6 @@ def _load_tile(
     return first, second
 
 
-@triton.jit
-def _scale(absmax, nested, offset, DOUBLE: tl.constexpr):
-    """A block's absmax from what is stored. Impure, so that it stays behind the tables."""
-    if DOUBLE:
-        return tl.inline_asm_elementwise(SHARE, "=f,r", [absmax], tl.float32, False, 1) * nested + offset
-    else:
-        return absmax
-
-
 @triton.jit(do_not_specialize=["first_row", "rows", "blocks", "programs"])
 def _merge_tiles_kernel(
     codes_ptr, absmax_ptr, nested_ptr, nested_map_ptr, offset_ptr, map_ptr, a_ptr, b_ptr, out_ptr,
@@ -134,45 +168,31 @@ def _merge_tiles_kernel(
     lane, program = thread % 32, tl.program_id(0) % programs
     mine = tl.program_id(0) // programs * WARPS + thread // 32
     block = tl.minimum(mine, blocks - 1)
-    pointers = codes_ptr, absmax_ptr, nested_ptr, b_ptr
-    soon = _load_tile(*pointers, program, first_row, rows, blocks, rank, block, lane, DOUBLE, CHUNKS)
-    later = _load_tile(*pointers, program + programs, first_row, rows, blocks, rank, block, lane, DOUBLE, CHUNKS)
+    soon = _load_tile(codes_ptr, absmax_ptr, nested_ptr, b_ptr, program, first_row, rows, blocks, rank, block, lane, DOUBLE, CHUNKS)
+    later = _load_tile(codes_ptr, absmax_ptr, nested_ptr, b_ptr, program + programs, first_row, rows, blocks, rank, block, lane, DOUBLE, CHUNKS)
     offset = _load_float(offset_ptr, thread * 0) if DOUBLE else 0.0
     a, column = (), block * 64 + lane // 4 % 2 * 32 + lane // 8 * 8
     for chunk in tl.static_range(CHUNKS):
-        place = chunk * 16 + lane % 4 * 4
-        address = a_ptr.to(tl.int64) + (place.to(tl.int64) * (blocks * 64) + column) * 2
-        inputs = [address, (blocks * 128).to(tl.int64) + address * 0, (place < rank).to(tl.int32)]
-        a = a + tl.inline_asm_elementwise(LOAD_A, OUT_A, inputs, SIXTEEN_WORDS, False, 1)
-    tables = [map_ptr.to(tl.int64) + thread * 0, (nested_map_ptr if DOUBLE else map_ptr).to(tl.int64) + thread * 0, thread]
-    tl.inline_asm_elementwise(STORE_TABLES if DOUBLE else STORE_LEVELS, "=r,l,l,r", tables, tl.int32, False, 1)
+        k = chunk * 16 + lane % 4 * 4
+        a = a + _load_a(a_ptr, k.to(tl.int64) * (blocks * 64) + column, blocks * 64, k < rank)
+    _store_tables(map_ptr, nested_map_ptr, thread, DOUBLE)
     for tile in range(program, tl.cdiv(rows, 16), programs):
         first, second = soon
         soon = later
-        later = _load_tile(*pointers, tile + 2 * programs, first_row, rows, blocks, rank, block, lane, DOUBLE, CHUNKS)
+        later = _load_tile(codes_ptr, absmax_ptr, nested_ptr, b_ptr, tile + 2 * programs, first_row, rows, blocks, rank, block, lane, DOUBLE, CHUNKS)
+        codes0, scale0, nested0, b0 = first
+        codes1, scale1, nested1, b1 = second
+        if DOUBLE:
+            scale0 = _share(scale0) * nested0 + offset
+            scale1 = _share(scale1) * nested1 + offset
         row = tile * 16 + lane // 4
-        there = out_ptr.to(tl.int64) + (row.to(tl.int64) * blocks + block) * 128 + lane % 4 * 16
-        inside, inside_too = ((mine < blocks) & (row < rows)).to(tl.int32), ((mine < blocks) & (row + 8 < rows)).to(tl.int32)
-        codes0, absmax0, nested0, b0 = first
-        codes1, absmax1, nested1, b1 = second
-        scale0, scale1 = _scale(absmax0, nested0, offset, DOUBLE), _scale(absmax1, nested1, offset, DOUBLE)
-        places, scales = (there, there + (blocks * 1024).to(tl.int64), inside, inside_too), (scale0, scale1, scaling + thread * 0.0)
-        arguments = places + codes0 + codes1 + scales
+        place = out_ptr.to(tl.int64) + (row.to(tl.int64) * blocks + block) * 128 + lane % 4 * 16
+        there, there_too = ((mine < blocks) & (row < rows)).to(tl.int32), ((mine < blocks) & (row + 8 < rows)).to(tl.int32)
+        places, scales, b = (place, place + blocks.to(tl.int64) * 1024, there, there_too), (scale0, scale1, scaling + thread * 0.0), ()
         for chunk in tl.static_range(CHUNKS):
             words = b0[2 * chunk], b0[2 * chunk + 1], b1[2 * chunk], b1[2 * chunk + 1]
-            arguments = arguments + words
-        _merge(arguments + a, BF16, CHUNKS)
-
-
-@triton.jit
-def _merge(arguments, BF16: tl.constexpr, CHUNKS: tl.constexpr):
-    """Decodes a lane's 32 values, adds their part of s B A, rounds and stores."""
-    if CHUNKS == 1:
-        tl.inline_asm_elementwise(MERGE_BF16_1 if BF16 else MERGE_F16_1, IN_1, arguments, tl.int32, False, 1)
-    elif CHUNKS == 2:
-        tl.inline_asm_elementwise(MERGE_BF16_2 if BF16 else MERGE_F16_2, IN_2, arguments, tl.int32, False, 1)
-    else:
-        tl.inline_asm_elementwise(MERGE_BF16_4 if BF16 else MERGE_F16_4, IN_4, arguments, tl.int32, False, 1)
+            b = b + words
+        _merge(places, codes0 + codes1, scales, b, a, BF16, CHUNKS)
 
 
 def takes(packed: dict[str, torch.Tensor], out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
