@@ -240,14 +240,12 @@ class FusedLayer:
         back(chunk): gate and up of a chunk that `away` took, or None; overwritten.
         """
         x, x2, saved, qkv, rotated = kept.x, kept.x2, kept.attention, kept.qkv, kept.rotated
-        h, rstd = self._norm(self.norm1, x)
         if qkv is None:
-            qkv = self.qkv.forward(h)
+            qkv = self.qkv.forward(self._norm(self.norm1, x)[0])
             if saved is None:
                 rotated, saved = self._attend(qkv, sequences)
             else:
                 rotated = self._rotate(qkv, sequences)
-        del h
         if x2 is None:
             x2 = self.o.forward(saved.out.flatten(1)).add_(x)
         for chunk, part in enumerate([slice(None)] if kept.gate_up is not None else self._chunks(x.shape[0])):
@@ -255,7 +253,7 @@ class FusedLayer:
             self._mlp_backward(gy[part], x2[part], gate_up, kept.weights)
             del gate_up
         del x2, kept.x2, kept.gate_up
-        return self._attention_backward(gy, x, rstd, qkv, rotated, saved, sequences, kept.weights)
+        return self._attention_backward(gy, x, qkv, rotated, saved, sequences, kept.weights)
 
     def _mlp_backward(self, gy: torch.Tensor, x2: torch.Tensor, gate_up: torch.Tensor | None, weights: list | None) -> None:
         """Turns gy, the gradient of y, into the gradient of x2, in place."""
@@ -270,7 +268,7 @@ class FusedLayer:
         gh = self.gate_up.backward(gate_up, h, weights)
         rms_norm_backward(gh, x2, self.norm2.weight, rstd, gy)
 
-    def _attention_backward(self, gy, x, rstd, qkv, rotated, saved, sequences, weights) -> torch.Tensor:
+    def _attention_backward(self, gy, x, qkv, rotated, saved, sequences, weights) -> torch.Tensor:
         go = self.o.backward(gy, saved.out.flatten(1), weights)
         q, k, v = self._heads(qkv, rotated)
         grads = attention_backward(
@@ -279,7 +277,7 @@ class FusedLayer:
         del go, q, k, v, saved, rotated
         gqkv = rope_backward(*grads, qkv if self.head_norm else None, sequences.cos, sequences.sin, self.head_norm)
         del grads, qkv
-        h = self._norm(self.norm1, x)[0] if self.qkv.members else None
+        h, rstd = self._norm(self.norm1, x)
         return rms_norm_backward(self.qkv.backward(gqkv, h, weights), x, self.norm1.weight, rstd, gy)
 
     def _norm(self, norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
