@@ -11,7 +11,8 @@ A warp keeps a block of 64 columns, and A's share of it in registers, and goes d
 are neighbouring blocks, and the programs beside it neighbouring rows. What a step reads is asked for two steps before. It takes
 10 instructions to a value, of which one is the lookup of its level in shared memory: 16 levels lie in 16 banks and never meet.
 
-4096 x 14336, rank 16, bf16, on an H100: 59 us, 83 % of what a copy moves, where the other kernel takes 73 and dequantizing alone 57.
+4096 x 14336, rank 16, bf16, on an H100: 59 us, 83 % of what a copy moves, where the other kernel takes 73 and dequantizing alone
+57; rank 32: 71 and 89. Of a step of Llama 8B on an H200 27 us a weight, where it was 42.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from kernels import reference_nf4
 from kernels.gemv import _lines, _load_byte, _load_float, capable, processors, trusted
 
 WARPS = 4  # of a program: 256 columns
-RESIDENT = {1: 5, 2: 3, 4: 2}  # programs on a multiprocessor at a time, by the chunks of 16 of the rank: what the registers hold
-MOST_RANK = 64
+RESIDENT = {1: 5, 2: 3}  # programs on a multiprocessor at a time, by the chunks of 16 of the rank: what the registers hold
+MOST_RANK = 32  # at 64 a thread needs 193 registers: 95 to 108 us where the other kernel takes 92
 
 # The 16 levels ($1) and the 256 values of a stored absmax ($2), by the threads ($3) of a program.
 LEVELS = (
@@ -82,9 +83,9 @@ def _merge_lines(half: str, chunks: int) -> tl.constexpr:
     return _lines(*lines, "mov.u32 $0, 0; }")
 
 
-MERGE_BF16_1, MERGE_BF16_2, MERGE_BF16_4 = (_merge_lines("bf16", chunks) for chunks in (1, 2, 4))
-MERGE_F16_1, MERGE_F16_2, MERGE_F16_4 = (_merge_lines("f16", chunks) for chunks in (1, 2, 4))
-IN_1, IN_2, IN_4 = (tl.constexpr("=r,l,l" + ",r" * 6 + ",f" * 3 + ",r" * (20 * chunks)) for chunks in (1, 2, 4))
+MERGE_BF16_1, MERGE_BF16_2 = (_merge_lines("bf16", chunks) for chunks in RESIDENT)
+MERGE_F16_1, MERGE_F16_2 = (_merge_lines("f16", chunks) for chunks in RESIDENT)
+IN_1, IN_2 = (tl.constexpr("=r,l,l" + ",r" * 6 + ",f" * 3 + ",r" * (20 * chunks)) for chunks in RESIDENT)
 
 
 @triton.jit
@@ -125,10 +126,8 @@ def _merge(places, codes, scales, b, a, BF16: tl.constexpr, CHUNKS: tl.constexpr
     arguments = places + codes + scales + b + a
     if CHUNKS == 1:
         tl.inline_asm_elementwise(MERGE_BF16_1 if BF16 else MERGE_F16_1, IN_1, arguments, tl.int32, False, 1)
-    elif CHUNKS == 2:
-        tl.inline_asm_elementwise(MERGE_BF16_2 if BF16 else MERGE_F16_2, IN_2, arguments, tl.int32, False, 1)
     else:
-        tl.inline_asm_elementwise(MERGE_BF16_4 if BF16 else MERGE_F16_4, IN_4, arguments, tl.int32, False, 1)
+        tl.inline_asm_elementwise(MERGE_BF16_2 if BF16 else MERGE_F16_2, IN_2, arguments, tl.int32, False, 1)
 
 
 @triton.jit
@@ -223,7 +222,7 @@ def merge(
     double = "nested_absmax" in packed
     absmax = packed["absmax"]
     nested = (packed["nested_absmax"], packed["nested_quant_map"], packed["nested_offset"]) if double else (absmax,) * 3
-    chunks = 1 if rank <= 16 else 2 if rank <= 32 else 4
+    chunks = triton.cdiv(rank, 16)
     strips, tiles = triton.cdiv(blocks, WARPS), triton.cdiv(rows, 16)
     at_once = max(1, RESIDENT[chunks] * processors(out.device) // strips)  # of a strip, so that all programs run at once
     programs = triton.cdiv(tiles, triton.cdiv(tiles, at_once))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 import traceback
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(encoding="utf-8", errors="replace")
     if not sys.warnoptions:  # libraries' remarks to their own callers; python -W default shows them
         warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)\b")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # looks for a kernel of the hub on some processors, and says so
     try:
         args = build_parser().parse_args(argv)
         os.environ.update(chosen_card() if args.command.uses_card else {})

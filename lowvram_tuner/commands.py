@@ -16,11 +16,11 @@ from typing import Any
 
 from lowvram_tuner.config import DEMO_DATASET, ConfigError, TrainConfig, options
 from lowvram_tuner.console import ConsoleReporter, ProgressLine
+from lowvram_tuner.results import Result, show_bench, show_data, show_lines, show_nothing, show_plan, show_quantized
 
 ALL = tuple(options())
 DATA = ("dataset", "model", "max_seq_length", "train_on", "packing", "columns", "system_prompt", "held_out", "seed", "output_dir")
 MODEL = ("model", "bits", "method", "group_size")
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,6 @@ COMMANDS: dict[str, Command] = {}
 
 class CommandFailed(RuntimeError):
     """The command did its work and the outcome is a failure: the message says why."""
-
-
-def show_lines(result: Result) -> None:
-    """'key: value' lines."""
-    for key, value in result.items():
-        print(f"{key}: {_readable(value)}")
 
 
 def command(
@@ -72,7 +66,7 @@ def doctor(config: TrainConfig, args: argparse.Namespace) -> Result:
     return doctor()
 
 
-@command("plan", "What a run would take, part by part, and whether it fits.", ALL)
+@command("plan", "What a run would take, part by part, and whether it fits.", ALL, show=show_plan)
 def plan(config: TrainConfig, args: argparse.Namespace) -> Result:
     from lowvram_tuner.hardware.card import read_card
     from lowvram_tuner.hardware.ram import read_ram
@@ -105,7 +99,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-@command("bench", "Measure memory and speed of training steps.", ALL, _bench_arguments, uses_card=True)
+@command("bench", "Measure memory and speed of training steps.", ALL, _bench_arguments, show_bench, uses_card=True)
 def bench(config: TrainConfig, args: argparse.Namespace) -> Result:
     if args.steps < 1:
         raise ConfigError(f"steps={args.steps} is too few; measure 1 or more.")
@@ -148,7 +142,7 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @command("quantize", "Quantize a model once, into a checkpoint of the method's own format.",
-         (*MODEL, "max_seq_length"), _quantize_arguments, uses_card=True)  # fmt: skip
+         (*MODEL, "max_seq_length"), _quantize_arguments, show_quantized, uses_card=True)  # fmt: skip
 def quantize(config: TrainConfig, args: argparse.Namespace) -> Result:
     if args.rows < 1:
         raise ConfigError(f"rows={args.rows} is too few; calibrate on 1 or more.")
@@ -156,28 +150,14 @@ def quantize(config: TrainConfig, args: argparse.Namespace) -> Result:
     from lowvram_tuner.quant.registry import resolve
 
     spec = resolve(config.bits, config.method, group_size=config.group_size, desc_act=args.desc_act)
-
-    def progress(what: str, done: float, total: float) -> None:
-        print(f"\r{what}: {done:g} of {total:g}   ", end="", file=sys.stderr, flush=True)
-
-    return quantize_model(
-        config.model, spec, args.calibration, args.output, config.max_seq_length, args.rows, progress=progress
-    )  # fmt: skip
+    line = ProgressLine()
+    try:
+        return quantize_model(config.model, spec, args.calibration, args.output, config.max_seq_length, args.rows, progress=line)
+    finally:
+        line.end()
 
 
-def _show_data(result: Result) -> None:
-    """Counts, then what each file's columns hold, then the problems, a line each."""
-    from lowvram_tuner.data.report import problem_words
-
-    aside = ("problems", "columns", "histogram")
-    show_lines({k: v for k, v in result.items() if k not in aside})
-    for file, roles in result["columns"].items():
-        print(f"{file}: {', '.join(f'{role} from {column!r}' for role, column in roles.items())}")
-    for problem in result["problems"]:
-        print(f"- {problem_words(problem)}")
-
-
-@command("data", "Read a dataset as training would, and report what is in it.", DATA, show=_show_data)
+@command("data", "Read a dataset as training would, and report what is in it.", DATA, show=show_data)
 def data(config: TrainConfig, args: argparse.Namespace) -> Result:
     from lowvram_tuner.data.prepare import report
 
@@ -212,7 +192,7 @@ def train(config: TrainConfig, args: argparse.Namespace) -> Result:
 
 
 @command("demo", "Train the demo and show the same questions answered before and after.", ALL, uses_card=True,
-         show=lambda result: None)  # fmt: skip
+         show=show_nothing)  # fmt: skip
 def demo(config: TrainConfig, args: argparse.Namespace) -> Result:
     from lowvram_tuner.presets import preset
     from lowvram_tuner.train.run_dir import RunDir
@@ -278,7 +258,7 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @command("chat", "Talk to a model or to what a run has trained.", (*MODEL, "system_prompt", "output_dir"), _chat_arguments,
-         show=lambda result: None, uses_card=True)  # fmt: skip
+         show=show_nothing, uses_card=True)  # fmt: skip
 def chat(config: TrainConfig, args: argparse.Namespace) -> Result:
     from lowvram_tuner.chat.sampling import Sampling
     from lowvram_tuner.chat.session import ChatSession
@@ -332,13 +312,3 @@ def _typed() -> Iterable[str]:
             return
         if text:
             yield text
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_readable(v)}" for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_readable(v) for v in value) or "none"
-    return str(value)

@@ -25,7 +25,7 @@ FEWEST_STREAMED = 3  # the ring's two slots cost as much as two layers, so strea
 COMPONENT_LABELS = {
     "weights": "model", "embeddings": "word table", "head": "output layer", "adapter": "adapter",
     "gradients": "gradients", "optimizer": "optimizer", "activations": "kept activations", "layer_work": "one layer's work",
-    "loss": "loss", "scratch": "unpacking buffer", "context": "CUDA itself",
+    "loss": "loss", "scratch": "unpacked weights", "context": "CUDA itself",
 }  # fmt: skip
 
 Tier = tuple[list[Cost], int]  # choices that give up the same things, and how many layers are streamed

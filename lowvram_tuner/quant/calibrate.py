@@ -308,7 +308,7 @@ def _eta(progress: Progress | None) -> Progress:
     def report(what: str, done: float, total: float) -> None:
         if progress and done:
             left = (time.perf_counter() - began) / done * (total - done)
-            what = f"{what}, about {left / 60:.0f} min left" if left > 90 else f"{what}, about {left:.0f} s left"
+            what = f"{what} (about {left / 60:.0f} min left)" if left > 90 else f"{what} (about {left:.0f} s left)"
         if progress:
             progress(what, done, total)
 

@@ -106,7 +106,7 @@ def told(anywhere, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("rank", [4, 20, 64])
+@pytest.mark.parametrize("rank", [4, 20, 32])
 @pytest.mark.parametrize("shape, rows", [((70, 128), (0, 70)), ((45, 320), (5, 33)), ((6, 64), (0, 6))], ids=str)
 def test_tiles_interpreted(shape, rows, rank, told, monkeypatch):
     """Rows and blocks that fill no whole tile and program, one program for all tiles and one each, products not whole."""
@@ -135,8 +135,8 @@ def test_what_is_taken(anywhere):
         made = (torch.zeros(8, 64, dtype=dtype), torch.zeros(rank, 64, dtype=dtype), torch.zeros(8, rank, dtype=of_b))
         return merge_nf4_tiles.takes(packed, *(shifted(t, i) for t, i in zip(made, by)))
 
-    assert all(taken(rank) for rank in (4, 8, 16, 20, 64)) and taken(dtype=torch.bfloat16, of_b=torch.bfloat16)
-    assert not taken(18) and not taken(68) and not taken(of_b=torch.bfloat16) and not taken(dtype=torch.float32, of_b=torch.float32)
+    assert all(taken(rank) for rank in (4, 8, 16, 20, 32)) and taken(dtype=torch.bfloat16, of_b=torch.bfloat16)
+    assert not taken(18) and not taken(36) and not taken(of_b=torch.bfloat16) and not taken(dtype=torch.float32, of_b=torch.float32)
     assert not any(taken(by=tuple(4 if i == n else 0 for i in range(3))) for n in range(3)), "an address that a load does not suit"
 
 
@@ -144,10 +144,10 @@ def test_what_is_taken(anywhere):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(576, 1536), (45, 576), (4096, 4096), (1024, 11008)], ids=str)
 def test_an_adapter_is_merged_on_the_card(shape, dtype):
-    """Ranks of one, two and four products, whole or not, and two that only the other kernel takes."""
+    """Ranks of one and two products, whole or not, and some that only the other kernel takes."""
     if torch.cuda.get_device_capability()[0] < 8:
         pytest.skip("merging needs tensor cores")
     assert gemv.trusted(torch.device("cuda", 0), NAME, merge_nf4_tiles._tried)
-    for rank in (8, 16, 20, 32, 64, 18, 128):
+    for rank in (8, 16, 20, 32, 18, 64, 128):
         check_merged(shape, rank, "cuda", dtype, (0, shape[0]))
         check_merged(shape, rank, "cuda", dtype, (3, shape[0] - 5))
