@@ -72,11 +72,12 @@ def plan(config: TrainConfig, args: argparse.Namespace) -> Result:
     from lowvram_tuner.hardware.ram import read_ram
     from lowvram_tuner.memory.plan import GB, Budget, plan_run
     from lowvram_tuner.models.hub import find_shape
+    from lowvram_tuner.models.kept import as_stored
 
     card = read_card()
     shopping = card is None and config.vram_gb > 0  # a run would use RAM; who asks for VRAM here means a card to come
     budget = Budget.of_absent_card(config.vram_gb) if shopping else Budget.of(config, card, read_ram())
-    found = plan_run(config, find_shape(config.model), budget)
+    found = plan_run(as_stored(config), find_shape(config.model), budget)
     return {
         "planned_for": budget.note or (f"the {card.name} in this machine" if card else "RAM, since there is no card"),
         "fits": found.fits,

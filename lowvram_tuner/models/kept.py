@@ -2,7 +2,8 @@
 
 A method like gptq or quip rounds a weight for the inputs it will see, which takes minutes to hours. So the first run that asks
 for it makes a checkpoint from the model and its own training data, and trains on that; every later run with the same model,
-bits, method and group size finds it. Interrupted, it goes on after the last finished layer.
+bits, method and group size finds it. Interrupted, it goes on after the last finished layer. A model that somebody else has quantized
+is used as it is.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from lowvram_tuner.config import TrainConfig
+from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.models.source import Source, locate
 from lowvram_tuner.quant.calibrate import GROUPED, ROWS, Progress, quantize_model
-from lowvram_tuner.quant.checkpoint import open_checkpoint
+from lowvram_tuner.quant.checkpoint import open_checkpoint, stored_spec
 from lowvram_tuner.quant.registry import quant_format, resolve
 from lowvram_tuner.quant.spec import QuantSpec
 
@@ -40,6 +41,23 @@ def make(config: TrainConfig, progress: Progress | None = None) -> TrainConfig:
         length = min(ROW, config.max_seq_length)
         quantize_model(config.model, _spec(config), config, folder, length, ROWS * ROW // length, progress=progress)
     return replace(config, model=str(folder))
+
+
+def as_stored(config: TrainConfig) -> TrainConfig:
+    """The config with the bits, method and group size of a checkpoint that is quantized already.
+
+    ConfigError when the config asks for other bits or another method than the checkpoint has, QuantError when it cannot be read.
+    """
+    spec = stored_spec(config.model)
+    if spec is None:
+        return config
+    if config.bits != spec.bits or config.method not in ("auto", spec.method):
+        raise ConfigError(
+            f"model={config.model!r} is quantized already: {spec.method} at {spec.bits} bits; "
+            f"choose bits={spec.bits} and method 'auto', not bits={config.bits} and {config.method!r}."
+        )
+    group = spec.group_size if spec.group_size in (32, 64, 128, -1) else 32
+    return replace(config, method=spec.method, group_size=group)
 
 
 def place(config: TrainConfig) -> Path | None:

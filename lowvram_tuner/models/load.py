@@ -9,7 +9,7 @@ memory does, a plan may have the quantized weights unpacked once, here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from lowvram_tuner.memory.reading import plan_chat
 from lowvram_tuner.memory.slabs import Layout, Ring, Slab, make_slab, streamed_layers
 from lowvram_tuner.models.catalogue import ModelShape
 from lowvram_tuner.models.hub import find_shape
+from lowvram_tuner.models.kept import as_stored
 from lowvram_tuner.models.source import Source, load_config, locate
 from lowvram_tuner.models.weights import Weights, open_weights
-from lowvram_tuner.quant.checkpoint import Reader, open_checkpoint, stored_spec
+from lowvram_tuner.quant.checkpoint import Reader, open_checkpoint
 from lowvram_tuner.quant.linear import QuantLinear
 from lowvram_tuner.quant.registry import quant_format, resolve
 from lowvram_tuner.quant.spec import QuantFormat, QuantSpec, Scratch
@@ -86,23 +87,6 @@ def load_for_chat(
     loaded = load_model(model, spec_for(config), plan, target, pick_dtype(target), progress)
     loaded.model.eval()
     return (load_adapter(loaded.model, adapter).model if adapter else loaded.model), tokenizer
-
-
-def as_stored(config: TrainConfig) -> TrainConfig:
-    """The config with the bits, method and group size of a checkpoint that is quantized already.
-
-    ConfigError when the config asks for other bits or another method than the checkpoint has.
-    """
-    spec = stored_spec(config.model)
-    if spec is None:
-        return config
-    if config.bits != spec.bits or config.method not in ("auto", spec.method):
-        raise ConfigError(
-            f"model={config.model!r} is quantized already: {spec.method} at {spec.bits} bits; "
-            f"choose bits={spec.bits} and method 'auto', not bits={config.bits} and {config.method!r}."
-        )
-    group = spec.group_size if spec.group_size in (32, 64, 128, -1) else 32
-    return replace(config, method=spec.method, group_size=group)
 
 
 def spec_for(config: TrainConfig) -> QuantSpec:

@@ -24,7 +24,8 @@ from lowvram_tuner.memory.calibrate import measure
 from lowvram_tuner.memory.plan import GB, Budget, Plan, plan_run
 from lowvram_tuner.memory.reading import plan_evaluation
 from lowvram_tuner.models.hub import find_shape
-from lowvram_tuner.models.load import Loaded, as_stored, load_model, reading_plan, spec_for
+from lowvram_tuner.models.kept import as_stored
+from lowvram_tuner.models.load import Loaded, load_model, reading_plan, spec_for
 from lowvram_tuner.models.precision import pick_device, pick_dtype
 from lowvram_tuner.train.fused_layer import supports
 from lowvram_tuner.train.graph import CapturedStep

@@ -19,6 +19,7 @@ from lowvram_tuner.hardware.ram import Ram, read_ram
 from lowvram_tuner.memory.plan import Budget, Plan, plan_run
 from lowvram_tuner.models.catalogue import shape_of
 from lowvram_tuner.models.hub import is_id
+from lowvram_tuner.models.kept import as_stored
 from lowvram_tuner.quant.spec import QuantError
 from lowvram_tuner.train.files import read_json, write_json
 from lowvram_tuner.train.lock import Holder, holder
@@ -86,7 +87,7 @@ class Desk:
         if isinstance(shape, str):
             return Answer(budget, None, shape or "Asking the Hugging Face hub how large this model is ...", asking=not shape)
         try:
-            return Answer(budget, plan_run(config, shape, budget))
+            return Answer(budget, plan_run(as_stored(config), shape, budget))
         except (ConfigError, QuantError) as error:
             return Answer(budget, None, str(error))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 from lowvram_tuner.config import TrainConfig
 from lowvram_tuner.memory.plan import COMPONENT_LABELS, Budget, plan_run
 from lowvram_tuner.models.catalogue import shape_of
+from lowvram_tuner.ui.desk import Desk
 from lowvram_tuner.ui.gauge import Live, gauge_html, groups, spare_bytes, table_html, verdict, words_html
 
 SIX_GB = Budget(total_bytes=6_441_000_000, others_bytes=700_000_000, limit_bytes=5_441_000_000, kind="vram")
@@ -91,3 +93,18 @@ def test_words_and_labels_are_inert(plan):
     evil = '<img src=x onerror="alert(1)">'
     html = words_html(replace(plan, words=(evil,))) + table_html(plan, {"weights": evil})
     assert "<img" not in html and "&lt;img" in html
+
+
+def test_the_gauge_takes_a_quantized_model_as_it_is_stored(tmp_path):
+    """Its own bits, method and groups are planned; others are refused before Start, with what to choose."""
+    stored = {"quantization_config": {"quant_method": "gptq", "bits": 3, "group_size": 32, "sym": True, "desc_act": False}}
+    shape = {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+             "num_key_value_heads": 8, "vocab_size": 128256, "head_dim": 64, "tie_word_embeddings": True}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape | stored), encoding="utf-8")
+    desk = Desk(tmp_path / "runs")
+    config = TrainConfig(model=str(tmp_path), bits=3)
+    found = desk.answer(config)
+    assert found.plan.components == desk.answer(replace(config, method="gptq", group_size=32)).plan.components
+    assert "3-bit gptq" in found.plan.words
+    refused = desk.answer(replace(config, bits=4))
+    assert refused.plan is None and "quantized already: gptq at 3 bits; choose bits=3" in refused.problem
