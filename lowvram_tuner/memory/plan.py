@@ -74,6 +74,11 @@ class Plan:
     def process_bytes(self) -> int:
         return sum(self.components.values())
 
+    @property
+    def peak_bytes(self) -> int:
+        """What a run's own measurement should show: a card's allocator knows nothing of CUDA itself, RAM is counted by process."""
+        return self.allocated_bytes if self.budget.kind == "vram" else self.process_bytes
+
     def to_dict(self) -> dict[str, Any]:
         """The decisions, for logs and `--json`."""
         names = ("keep_all", "keep_attention", "keep_weights", "streamed", "inputs_on_host", "gate_up_on_host", "embeddings_on_host", "head_bits",

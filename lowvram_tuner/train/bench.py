@@ -83,7 +83,7 @@ def bench(
         "peak_reserved_gb": reserved / GB,
         "process_gb": process / GB,
         "context_gb": (process - reserved) / GB,
-        "predicted_peak_gb": plan.allocated_bytes / GB,
+        "predicted_peak_gb": plan.peak_bytes / GB,
         "predicted_process_gb": plan.process_bytes / GB,
         "step_ms": step_s * 1e3,
         "tokens_per_s": tokens / step_s,

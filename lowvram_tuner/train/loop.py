@@ -352,7 +352,7 @@ class _Run:
         return {
             "run_dir": str(self.run.path), "adapter_dir": str(self.run.adapter), "status": status, "steps": self.progress.step,
             "train_loss": self.loss, "eval_loss": self.progress.history[-1][1] if self.progress.history else None,
-            "peak_allocated_gb": peak / GB, "predicted_peak_gb": self.session.plan.allocated_bytes / GB,
+            "peak_allocated_gb": peak / GB, "predicted_peak_gb": self.session.plan.peak_bytes / GB,
         }  # fmt: skip
 
 

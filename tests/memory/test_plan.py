@@ -91,6 +91,7 @@ def test_a_plan_that_fits_is_inside_its_budget(model, bits):
         plan = plan_of(model, gb, bits=bits)
         assert plan.fits == (plan.process_bytes <= plan.budget.limit_bytes)
         assert plan.process_bytes == sum(plan.components.values()) == plan.allocated_bytes + plan.components["context"]
+        assert plan.peak_bytes == plan.allocated_bytes
         assert set(plan.components) <= set(COMPONENT_LABELS) and all(v >= 0 for v in plan.components.values())
 
 
@@ -141,6 +142,11 @@ def test_weights_stay_unpacked_where_there_is_room_and_nothing_is_given_up():
     assert plan_of("meta-llama/Llama-3.1-8B-Instruct", 60, bits=16).keep_weights == 0
     assert plan_of("meta-llama/Llama-3.1-8B-Instruct", 60, bits=2).keep_weights == 0  # quip never unpacks a whole weight for a product
     assert plan_of("Qwen/Qwen2.5-1.5B-Instruct", 60, kind="ram").keep_weights == 0
+
+
+def test_in_ram_the_peak_is_that_of_the_process():
+    plan = plan_run(TrainConfig(), shape_of("demo"), Budget(9 * 10**9, 0, 9 * 10**9, "ram", context_bytes=6 * 10**8))
+    assert plan.peak_bytes == plan.process_bytes == plan.allocated_bytes + 6 * 10**8
 
 
 def test_what_moves_to_the_host_is_counted_there():
