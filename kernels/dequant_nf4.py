@@ -46,17 +46,21 @@ def _dequantize_kernel(
     tl.store(out_ptr + index, tl.interleave(high, low).to(out_ptr.dtype.element_ty), mask=index < values)  # [BLOCKS, 64]
 
 
+def operands(packed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """A weight's tensors in the order of the kernels' arguments."""
+    absmax = packed["absmax"]
+    nested = (packed["nested_absmax"], packed["nested_quant_map"], packed["nested_offset"]) if "nested_absmax" in packed else (absmax,) * 3
+    return packed["weight"], absmax, *nested, packed["quant_map"]
+
+
 def dequantize(packed: dict[str, torch.Tensor], out: torch.Tensor, start: int = 0) -> torch.Tensor:
     """out.flatten()[i] = w[start + i]. `start` is a multiple of 64; out: contiguous, fp16, bf16 or fp32. Returns out."""
     if start % 64 or not out.is_contiguous():
         raise ValueError(f"nf4 dequantizes from a multiple of 64 into contiguous memory; start={start}, strides={out.stride()}.")
-    double = "nested_absmax" in packed
-    absmax = packed["absmax"]
-    nested = (packed["nested_absmax"], packed["nested_quant_map"], packed["nested_offset"]) if double else (absmax,) * 3
     values = out.numel()
     grid = (triton.cdiv(values, BLOCKS * 64),)
     _dequantize_kernel[grid](
-        packed["weight"], absmax, *nested, packed["quant_map"], out, start // 64, values, DOUBLE=double, BLOCKS=BLOCKS, num_warps=4,
+        *operands(packed), out, start // 64, values, DOUBLE="nested_absmax" in packed, BLOCKS=BLOCKS, num_warps=4,
         enable_fp_fusion=False,  # product and sum are rounded one after the other, as the format defines them
     )  # fmt: skip
     return out

@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 
 from kernels import reference_nf4
+from kernels.dequant_nf4 import operands
 from kernels.gemv import (
     MOST_ROWS,
     MOST_WEIGHTS,
@@ -190,10 +191,3 @@ def multiply(x: torch.Tensor, packed: list[dict[str, torch.Tensor]], out_feature
         num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return y
-
-
-def operands(packed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """A weight's tensors in the order of the kernels' arguments."""
-    absmax = packed["absmax"]
-    nested = (packed["nested_absmax"], packed["nested_quant_map"], packed["nested_offset"]) if "nested_absmax" in packed else (absmax,) * 3
-    return packed["weight"], absmax, *nested, packed["quant_map"]

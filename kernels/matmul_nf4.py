@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 
 from kernels import gemv_nf4
-from kernels.dequant_nf4 import block_scales
+from kernels.dequant_nf4 import block_scales, operands
 from kernels.gemv import MOST_WEIGHTS, choose
-from kernels.gemv_nf4 import operands
 from kernels.matmul_grouped import MAX_ROWS, split, tensor_cores
 
 GEMV_BYTES = (1024, 512)  # of a row of W that a program reads at a time: 8 or 4 a thread

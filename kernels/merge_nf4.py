@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels import merge_nf4_tiles
-from kernels.dequant_nf4 import block_scales
+from kernels.dequant_nf4 import block_scales, operands
 
 ROWS = 64  # of W a program; its columns are one block of 64
 
@@ -54,12 +54,9 @@ def merge(
         raise ValueError(f"nf4 merges into contiguous rows of a multiple of 64 values; in={cols}, strides={out.stride()}.")
     if merge_nf4_tiles.takes(packed, out, a, b):
         return merge_nf4_tiles.merge(packed, out, a, b, scaling, row_start)
-    double = "nested_absmax" in packed
-    absmax = packed["absmax"]
-    nested = (packed["nested_absmax"], packed["nested_quant_map"], packed["nested_offset"]) if double else (absmax,) * 3
     rank = a.shape[0]
     _merge_kernel[(cols // 64, triton.cdiv(rows, ROWS))](
-        packed["weight"], absmax, *nested, packed["quant_map"], a, b, out, row_start, rows, cols, rank, scaling,
-        DOUBLE=double, RANK=max(16, triton.next_power_of_2(rank)), ROWS=ROWS, num_warps=4,
+        *operands(packed), a, b, out, row_start, rows, cols, rank, scaling,
+        DOUBLE="nested_absmax" in packed, RANK=max(16, triton.next_power_of_2(rank)), ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return out

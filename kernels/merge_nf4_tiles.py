@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from kernels import reference_nf4
+from kernels.dequant_nf4 import operands
 from kernels.gemv import _lines, _load_byte, _load_float, capable, processors, trusted
 
 WARPS = 4  # of a program: 256 columns
@@ -219,16 +220,13 @@ def merge(
 ) -> torch.Tensor:
     """As `merge_nf4.merge`, of what `takes` takes."""
     rows, blocks, rank = out.shape[0], out.shape[1] // 64, a.shape[0]
-    double = "nested_absmax" in packed
-    absmax = packed["absmax"]
-    nested = (packed["nested_absmax"], packed["nested_quant_map"], packed["nested_offset"]) if double else (absmax,) * 3
     chunks = triton.cdiv(rank, 16)
     strips, tiles = triton.cdiv(blocks, WARPS), triton.cdiv(rows, 16)
     at_once = max(1, RESIDENT[chunks] * processors(out.device) // strips)  # of a strip, so that all programs run at once
     programs = triton.cdiv(tiles, triton.cdiv(tiles, at_once))
     _merge_tiles_kernel[(strips * programs,)](
-        packed["weight"], absmax, *nested, packed["quant_map"], a, b, out, row_start, rows, blocks, rank, scaling, programs,
-        DOUBLE=double, CHUNKS=chunks, WARPS=WARPS, num_warps=WARPS,
+        *operands(packed), a, b, out, row_start, rows, blocks, rank, scaling, programs,
+        DOUBLE="nested_absmax" in packed, CHUNKS=chunks, WARPS=WARPS, num_warps=WARPS,
         enable_fp_fusion=False,  # product and sum of an absmax are rounded one after the other, as the format defines them
     )  # fmt: skip
     return out

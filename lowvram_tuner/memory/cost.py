@@ -169,19 +169,19 @@ class Cost:
             return None
         room = self._without_gaps(limit - self.always - self._weights(streamed))
         spare = room - self.inputs_at_loss - max(self.loss, self.kept_work)
-        best = self._layers(min(self.layers, max(0, spare // self.extra_all)), room, spare, streamed)
+        best = self._layers(min(self.layers, max(0, spare // self.extra_all)), room, streamed)
         while 0 < best.keep_all < self.layers:  # where copies bound a step or gate and up wait outside, attention may save more
-            fewer = self._layers(best.keep_all - 1, room, spare, streamed)
+            fewer = self._layers(best.keep_all - 1, room, streamed)
             if self.seconds(fewer) >= self.seconds(best):
                 break
             best = fewer
         return None if self.choice.gate_up_away and not best.gate_up else best
 
-    def _layers(self, all_: int, room: int, spare: int, streamed: int) -> Layers:
-        """With so many layers that keep everything: what else fits `room`, of which the loss leaves `spare`."""
+    def _layers(self, all_: int, room: int, streamed: int) -> Layers:
+        """With so many layers that keep everything: what else fits `room`."""
         if all_ == self.layers:
-            weights = min(all_, (spare - all_ * self.extra_all) // self.unpacked) if self.unpacked and not streamed else 0
-            return Layers(streamed, all_, weights=weights)
+            left = room - max(self._moments(Layers(streamed, all_)))
+            return Layers(streamed, all_, weights=min(all_, left // self.unpacked) if self.unpacked else 0)
         attention = min(self.layers - all_, self._attention_within(all_, room))
         return Layers(streamed, all_, attention, self._hidden(streamed, all_, attention))
 

@@ -52,7 +52,7 @@ class Kept:
     qkv: torch.Tensor | None = None
     rotated: torch.Tensor | None = None
     gate_up: torch.Tensor | None = None
-    weights: list[torch.Tensor | None] | None = None
+    weights: list[torch.Tensor] | None = None
 
 
 class LinearGroup:
@@ -116,19 +116,16 @@ class LinearGroup:
             base.format.merges(self.in_features, x.device) for base in self.bases
         )
 
-    def _unpacked(self, x: torch.Tensor, kept: list[torch.Tensor | None] | None = None) -> torch.Tensor | None:
+    def _unpacked(self, x: torch.Tensor, merged: bool, kept: list[torch.Tensor] | None = None) -> torch.Tensor | None:
         """The group's weights for a pass over x [T, ..], with the adapter where it is merged: onto the stack `kept` if there is
         one, else in the scratch where they fit it in one piece. None where they are multiplied one by one."""
-        w = None
         if kept is not None:
-            if all(base.format.dense for base in self.bases):
-                w = x.new_empty(self.out_features, self.in_features)
+            w = x.new_empty(self.out_features, self.in_features)
             kept.append(w)
-        elif self._merges(x) or self._whole(x.dtype):
+        elif merged or self._whole(x.dtype):
             w = self.bases[0].scratch.tile(self.out_features, self.in_features, x.dtype)
-        return None if w is None else self._dequantize(w, self._merges(x))
-
-    def _dequantize(self, w: torch.Tensor, merged: bool) -> torch.Tensor:
+        else:
+            return None
         for i, (base, start, stop) in enumerate(zip(self.bases, self.edges, self.edges[1:])):
             if merged and i in self.adapted:
                 ranks, b = self.adapted[i]
@@ -137,10 +134,11 @@ class LinearGroup:
                 base.format.dequantize(base.packed, w[start:stop])
         return w
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None, kept: list[torch.Tensor | None] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None, kept: list[torch.Tensor] | None = None) -> torch.Tensor:
         """x [T, in] to y [T, out], which may be given. kept: where the unpacked weights stay for `grad_input`."""
         y = x.new_empty(x.shape[0], self.out_features) if y is None else y
-        w = self._unpacked(x, kept)
+        merged = self._merges(x)
+        w = self._unpacked(x, merged, kept)
         if w is not None:
             torch.mm(x, w.t(), out=y)
         else:
@@ -148,22 +146,23 @@ class LinearGroup:
                 base.format.forward(x, base.packed, base.scratch, y[:, start:stop])
         if self.bias is not None:
             y += self.bias
-        if self.members and not self._merges(x):
+        if self.members and not merged:
             down = x @ self.a.t()  # [T, R]
             for columns, ranks, b, _ in self.members:
                 y[:, columns].addmm_(down[:, ranks], b.t(), alpha=self.scaling)
         return y
 
-    def backward(self, gy: torch.Tensor, x: torch.Tensor | None, kept: list[torch.Tensor | None] | None = None) -> torch.Tensor:
+    def backward(self, gy: torch.Tensor, x: torch.Tensor | None, kept: list[torch.Tensor] | None = None) -> torch.Tensor:
         """Adds the adapter's gradients and returns gx [T, in]. x: the group's input, not needed without an adapter."""
         gx, up = self.grad_input(gy, kept)
         if self.members:
             self.adapter_gradients(gy, x, up)
         return gx
 
-    def grad_input(self, gy: torch.Tensor, kept: list[torch.Tensor | None] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def grad_input(self, gy: torch.Tensor, kept: list[torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """gx [T, in], and with an adapter gy B [T, R], which its gradients need too. kept: as forward filled it."""
-        w = self._unpacked(gy) if kept is None else kept.pop()
+        merged = self._merges(gy)
+        w = self._unpacked(gy, merged) if kept is None else kept.pop()
         if w is not None:
             gx = torch.mm(gy, w)
         else:
@@ -175,7 +174,7 @@ class LinearGroup:
         up = gy.new_empty(gy.shape[0], self.rank)
         for columns, ranks, b, _ in self.members:
             torch.mm(gy[:, columns], b, out=up[:, ranks])
-        return gx if self._merges(gy) else gx.addmm_(up, self.a, alpha=self.scaling), up
+        return gx if merged else gx.addmm_(up, self.a, alpha=self.scaling), up
 
     def adapter_gradients(self, gy: torch.Tensor, x: torch.Tensor, up: torch.Tensor) -> None:
         """grad A += s (gy B)^T x, grad B += s gy^T (x A^T)."""
