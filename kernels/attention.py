@@ -2,8 +2,10 @@
 
     o = softmax(scale q k^T + causal, block-diagonal mask) v
 
-Flash attention from compute capability 8.0, the memory-efficient kernel before it, one sequence after the other on the CPU.
-The operators are called directly so that output and log-sum-exp can be kept while q, k and v are recomputed.
+Flash attention from compute capability 8.0, the memory-efficient kernel before it, one sequence after the other on the CPU. Where
+all sequences are of one length, cuDNN's on the cards whose tensor cores flash attention 2 does not know, as PyTorch itself
+chooses: backward takes half the time there. The operators are called directly so that output and log-sum-exp can be kept while q, k
+and v are recomputed.
 """
 
 from __future__ import annotations
@@ -18,20 +20,30 @@ aten = torch.ops.aten
 
 @dataclass
 class Saved:
-    """What backward needs besides q, k, v: output [T, heads, d], log-sum-exp fp32, and the kernel's random state."""
+    """What backward needs besides q, k, v: output [T, heads, d], log-sum-exp fp32, the kernel's random state, and whether it was
+    cuDNN's."""
 
     out: torch.Tensor
     lse: torch.Tensor
     rng: tuple[torch.Tensor, ...]
+    cudnn: bool = False
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_len: int, scale: float) -> Saved:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_len: int, scale: float, even: bool = False
+) -> Saved:
     """q: [T, heads, d], k and v: [T, kv_heads, d], last dimension contiguous; cu_seqlens: int32 [n + 1] on q's device.
 
-    On the CPU `cu_seqlens` is read; on a card its values stay there and `max_len` bounds them.
+    On the CPU `cu_seqlens` is read; on a card its values stay there and `max_len` bounds them. even: T is whole sequences of
+    `max_len`.
     """
     if not q.is_cuda:
         return _cpu_forward(q, k, v, cu_seqlens, scale)
+    if even and max_len > 1 and _prefers_cudnn(q):
+        out, lse, _, _, _, _, *rng = aten._scaled_dot_product_cudnn_attention(
+            *(_rows(t, max_len) for t in (q, k, v)), None, True, 0.0, True, False, scale=scale
+        )
+        return Saved(_flat(out), lse, tuple(rng[:2]), cudnn=True)
     if _has_flash(q):
         out, lse, rng, unused, _ = aten._flash_attention_forward(
             q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, 0.0, True, False, scale=scale
@@ -50,6 +62,12 @@ def attention_backward(
     """(gq [T, heads, d], gk, gv [T, kv_heads, d]) from grad [T, heads, d] contiguous."""
     if not q.is_cuda:
         return _cpu_backward(grad, q, k, v, saved, cu_seqlens, scale)
+    if saved.cudnn:
+        operands = (_rows(t, max_len) for t in (grad, q, k, v, saved.out))
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            *operands, saved.lse, *saved.rng, None, None, None, max_len, max_len, 0.0, True, scale=scale
+        )
+        return tuple(_flat(g) for g in grads)
     if _has_flash(q):
         return aten._flash_attention_backward(
             grad, q, k, v, saved.out, saved.lse, cu_seqlens, cu_seqlens, max_len, max_len, 0.0, True, *saved.rng, scale=scale
@@ -66,6 +84,20 @@ def attention_backward(
 
 def _has_flash(q: torch.Tensor) -> bool:
     return torch.cuda.get_device_capability(q.device) >= (8, 0) and q.dtype in (torch.float16, torch.bfloat16)
+
+
+def _prefers_cudnn(q: torch.Tensor) -> bool:
+    known = torch.cuda.get_device_capability(q.device)[0] in (9, 10) and q.shape[2] <= 128 and q.shape[2] % 8 == 0
+    return known and _has_flash(q) and torch.backends.cudnn.is_available()
+
+
+def _rows(t: torch.Tensor, length: int) -> torch.Tensor:
+    """[T, heads, d] as [rows, heads, length, d]."""
+    return t.unflatten(0, (-1, length)).transpose(1, 2)
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    return t.transpose(1, 2).flatten(0, 1)
 
 
 def _sequences(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:

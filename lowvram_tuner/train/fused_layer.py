@@ -33,12 +33,14 @@ MERGE_ROWS = 256  # tokens of a pass from which the adapter is merged while dequ
 
 @dataclass
 class Sequences:
-    """Where the examples of a pass lie: cos, sin [T, d], cu_seqlens int32 [n + 1], and the longest example allowed."""
+    """Where the examples of a pass lie: cos, sin [T, d], cu_seqlens int32 [n + 1], the longest example allowed, and whether all are
+    so long."""
 
     cos: torch.Tensor
     sin: torch.Tensor
     cu_seqlens: torch.Tensor
     max_len: int
+    even: bool = False
 
 
 @dataclass
@@ -288,7 +290,7 @@ class FusedLayer:
     def _attend(self, qkv: torch.Tensor, sequences: Sequences) -> tuple[torch.Tensor, Saved]:
         rotated = self._rotate(qkv, sequences)
         q, k, v = self._heads(qkv, rotated)
-        return rotated, attention(q, k, v, sequences.cu_seqlens, sequences.max_len, self.scale)
+        return rotated, attention(q, k, v, sequences.cu_seqlens, sequences.max_len, self.scale, sequences.even)
 
     def _heads(self, qkv: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [T, heads, d], k and v [T, kv_heads, d] as views."""

@@ -36,7 +36,7 @@ class CapturedStep:
         """Adds scale x the gradient of the summed loss. Returns the sum of losses; valid until the next call."""
         self.scale.fill_(scale)
         batches = [batches] if isinstance(batches, Batch) else batches
-        key = tuple((*(t.numel() for t in batch.tensors()), batch.max_len) for batch in batches)
+        key = tuple((*(t.numel() for t in batch.tensors()), batch.max_len, batch.even) for batch in batches)
         if key in self.graphs:
             return self._replay(key, batches)
         if not self.enabled or key not in self.seen or sum(map(len, self.graphs)) + len(key) > self.limit:
@@ -54,7 +54,7 @@ class CapturedStep:
 
     def _capture(self, key: Shapes, batches: Sequence[Batch]) -> torch.Tensor:
         """Capturing records the pass without running it, so it is replayed right after."""
-        static = [Batch(*[t.clone() for t in batch.tensors()], max_len=batch.max_len) for batch in batches]
+        static = [Batch(*[t.clone() for t in batch.tensors()], max_len=batch.max_len, even=batch.even) for batch in batches]
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the eager pass's blocks would otherwise stand beside the graph's pool

@@ -26,7 +26,7 @@ from lowvram_tuner.train.loss import Head, head_loss, head_losses
 @dataclass
 class Batch:
     """A flat micro-batch on the device; see `data.packing`. `targets`: int64 [M], the positions whose label counts, padded
-    with position 0 and label -100; labels: int64 [M]."""
+    with position 0 and label -100; labels: int64 [M]; even: all examples have `max_len` tokens."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
@@ -34,6 +34,7 @@ class Batch:
     targets: torch.Tensor
     labels: torch.Tensor
     max_len: int
+    even: bool = False
     counted: int = 0  # labels that count
     tokens: int = 0  # of the examples, without padding
     after: tuple[int, int] | None = None  # (epoch, micro-batch) where a run stands once this batch's step is done
@@ -54,7 +55,8 @@ def to_batch(flat, device: torch.device, max_len: int, round_targets: int = 64, 
         edges = np.concatenate([edges, np.full(sequences + 1 - len(edges), edges[-1], np.int32)])
     arrays = (flat.input_ids, flat.position_ids, edges, positions, labels)
     moved = [torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True) for a in arrays]
-    return Batch(*moved, max_len=max_len, counted=len(targets), tokens=flat.tokens)
+    even = len(flat.input_ids) == max_len * (len(flat.cu_seqlens) - 1) and bool(np.all(np.diff(flat.cu_seqlens) == max_len))
+    return Batch(*moved, max_len=max_len, even=even, counted=len(targets), tokens=flat.tokens)
 
 
 def to_batches(flats: Sequence[MicroBatch], device: torch.device, max_len: int, together: int) -> list[Batch]:
@@ -174,7 +176,7 @@ class FusedStep:
     def _sequences(self, batch: Batch) -> Sequences:
         like = torch.empty(1, dtype=self.loaded.dtype, device=batch.input_ids.device)
         cos, sin = self.rotary(like, batch.position_ids[None])
-        return Sequences(cos[0], sin[0], batch.cu_seqlens, batch.max_len)
+        return Sequences(cos[0], sin[0], batch.cu_seqlens, batch.max_len, batch.even)
 
     def _loss(self, x: torch.Tensor, batch: Batch, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss, and scale x its gradient by the last layer's output [T, H]."""
