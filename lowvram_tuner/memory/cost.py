@@ -17,8 +17,8 @@ from lowvram_tuner.quant.registry import quant_format
 ROUNDING_BYTES = 48 * MB  # the allocator's: blocks of 512 bytes, segments of 2 to 20 MB
 # For GAPS bytes of activations and work one lies in gaps between blocks, which a graph's pool cannot close, up to MOST_GAPS in all.
 # Counted by giving a pass's blocks to a best-fit allocator as PyTorch's is: 130 MB at 8B 16x512 in 9.2 GB, 56 at 14B in 6. A layer
-# that took its output's memory last instead of first left 196 and 216. Few layers and many tokens can need more (233): then the
-# pass cannot be captured and runs eagerly, which gives free pages back, and costs least where the tokens are many.
+# that took its output's memory last instead of first left 196 and 216. Few layers and many tokens can need more (233): then
+# the graph keeps less (`FusedStep.keep_less`), or the pass runs eagerly, which gives free pages back.
 GAPS, MOST_GAPS = 24, 192 * MB
 MOST_TOGETHER = 16  # micro-batches that share a pass, and that all captured passes may have: each takes some 24 MB of graph
 HIDDEN = 0.9  # share of the arithmetic's time that transfers are planned to hide behind
@@ -241,20 +241,22 @@ class Cost:
         self.gate_up_s = work.gate_up_bytes(self.choice.mlp_chunk) / rates.host_bytes
         self.slab_s = self.packed_layer / rates.host_bytes
         self.input_s = work.saved_bytes("input") / rates.host_bytes
-        elementwise = self.layers * t * (12 * s.hidden_size + 6 * s.intermediate_size) * 2 * work.item / rates.copy_bytes
+        self.elementwise_s = self.layers * t * (12 * s.hidden_size + 6 * s.intermediate_size) * 2 * work.item / rates.copy_bytes
         table = s.vocab_size * s.hidden_size
         unpack_head = table * (2 + self.choice.head_bits / 8) / rates.copy_bytes if self.choice.head_bits < 16 else 0.0
-        self.rest_s = elementwise + 4 * table * t / rates.flops + unpack_head
+        self.rest_s = 4 * table * t / rates.flops + unpack_head
         state = 12 * work.adapter_parameters()
         self.optimizer_s = state / (rates.host_bytes if self.choice.optimizer_on_host else rates.copy_bytes)
         self.accumulation = accumulation
 
     def _arithmetic(self, all_: int, attention: int) -> tuple[float, float]:
-        """Seconds of forward's and backward's own work in all layers, everything that was not kept computed again."""
+        """Seconds of forward's and backward's own work in all layers, everything that was not kept computed again. Copies hide
+        behind all of it, norms and activations (a third of theirs in forward) no less than products."""
         computing = self.layers - all_
         chunks = computing * self.chunks_s
         again = computing * self.again_s + (computing - attention) * self.attention_again_s
-        return self.pass_s + chunks, self.pass_s + 2 * chunks + again
+        forward = self.pass_s + chunks + self.elementwise_s / 3
+        return forward, self.pass_s + 2 * chunks + again + self.elementwise_s * 2 / 3
 
     def _transfers(self, kept: Layers) -> tuple[float, float]:
         """Seconds of the slabs' way in, in each direction, for as many passes as go together, and of the inputs' way out or back."""

@@ -26,13 +26,19 @@ class HostStore:
 
     def __init__(self, units: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, depth: int = 1) -> None:
         cuda = device.type == "cuda"
-        size = shape[0] * shape[1] * dtype.itemsize
-        self.host = [pinned_bytes(size).view(dtype).view(shape) for _ in range(units)]
+        self.shape, self.dtype, self.host = shape, dtype, []
+        self.grow(units)
         self.stream = torch.cuda.Stream(device) if cuda else None
         self.depth = depth
         self.begun = False  # a copy, in this pass
         self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         self.coming: dict[int, tuple[torch.Tensor, torch.cuda.Event | None]] = {}
+
+    def grow(self, units: int) -> None:
+        """Has host memory for so many units at least."""
+        size = self.shape[0] * self.shape[1] * self.dtype.itemsize
+        while len(self.host) < units:
+            self.host.append(pinned_bytes(size).view(self.dtype).view(self.shape))
 
     def put(self, unit: int, x: torch.Tensor) -> None:
         """Starts copying x out; its memory is free again once `depth` later copies were begun, or after `settle`.

@@ -18,11 +18,12 @@ from lowvram_tuner.train.step import Batch, FusedStep
 
 log = logging.getLogger(__name__)
 Shapes = tuple[tuple[int, ...], ...]  # of the micro-batches of a pass
+TRIES = 4  # to capture a pass, each keeping less than the one before
 
 
 class CapturedStep:
-    """`FusedStep.accumulate` with graphs, of `limit` micro-batches in all. A shape is run eagerly once, then captured; a failed
-    capture stays eager."""
+    """`FusedStep.accumulate` with graphs, of `limit` micro-batches in all. A shape is run eagerly once, then captured. Where the
+    gaps in a graph's pool are larger than planned (`cost.GAPS`), fewer activations are kept; else a failed capture stays eager."""
 
     def __init__(self, step: FusedStep, device: torch.device, limit: int = MOST_TOGETHER) -> None:
         self.step, self.limit = step, limit
@@ -55,6 +56,19 @@ class CapturedStep:
     def _capture(self, key: Shapes, batches: Sequence[Batch]) -> torch.Tensor:
         """Capturing records the pass without running it, so it is replayed right after."""
         static = [Batch(*[t.clone() for t in batch.tensors()], max_len=batch.max_len, even=batch.even) for batch in batches]
+        plan, tries = self.step.plan, TRIES
+        while failure := self._record(key, static):
+            reason, short = failure
+            tries -= 1
+            if not (short and tries and self.step.keep_less()):
+                log.warning("this step cannot be captured as a CUDA graph (%s); it runs eagerly.", reason)
+                self.enabled, self.step.plan = False, plan
+                return self.step.accumulate(batches, self.scale)
+            log.info("the pass's graph needs more memory than planned; it keeps fewer activations.")
+        return self._replay(key, batches)
+
+    def _record(self, key: Shapes, static: list[Batch]) -> tuple[str, bool] | None:
+        """Makes the graph. If that fails: why, and whether memory was short."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the eager pass's blocks would otherwise stand beside the graph's pool
@@ -62,12 +76,16 @@ class CapturedStep:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 loss = self.step.accumulate(static, self.scale)
         except RuntimeError as error:
-            log.warning("this step cannot be captured as a CUDA graph (%s); it runs eagerly.", str(error).splitlines()[0])
-            self.enabled = False
+            failure = str(error).splitlines()[0], _ran_out_of_memory(error)
             torch.cuda.synchronize()
             self.step.forget()
         else:
             self.graphs[key] = (graph, static, loss)
-            return self._replay(key, batches)
+            return None
         abandon_capture(graph, self.pool)  # here, since the error's traceback held the pass's tensors until now
-        return self.step.accumulate(batches, self.scale)
+        return failure
+
+
+def _ran_out_of_memory(error: BaseException | None) -> bool:
+    """Ending a capture that ran out of memory raises again, which hides the first error."""
+    return error is not None and (isinstance(error, torch.cuda.OutOfMemoryError) or _ran_out_of_memory(error.__context__))

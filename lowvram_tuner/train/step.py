@@ -7,7 +7,7 @@ computes, its input wait in host memory, and the whole pass be captured as one C
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -88,8 +88,8 @@ class FusedStep:
         self.inputs = self.gate_up = None
         if plan.inputs_on_host and max_tokens:
             # Two may be on their way out, behind a large copy of gate and up: forward has room for what backward needs anyway.
-            away = sum(self.keep_level(i) == INPUT for i in again)  # the first layers
-            self.inputs = HostStore(away * plan.together, (max_tokens, config.hidden_size), loaded.dtype, loaded.device, depth=2)
+            shape = (max_tokens, config.hidden_size)
+            self.inputs = HostStore(self._inputs_away(), shape, loaded.dtype, loaded.device, depth=2)
         if plan.gate_up_on_host and max_tokens:
             # Most memory is taken while the last layer, which keeps everything, and the loss are computed: no copy is under way then.
             last = len(self.layers) - 1
@@ -103,6 +103,24 @@ class FusedStep:
         if from_end < self.plan.keep_all:
             return ALL
         return ATTENTION if from_end < self.plan.keep_all + self.plan.keep_attention else INPUT
+
+    def _inputs_away(self) -> int:
+        """How many inputs of a pass wait on the host: those of the first layers."""
+        return self.plan.together * sum(self.keep_level(i) == INPUT for i in range(len(self.layers)))
+
+    def keep_less(self) -> bool:
+        """Keeps less from forward to backward, for a pass that takes more memory than planned: unpacked weights, else attention's
+        output in fewer layers, else everything in one layer less. Its results are the same bits. False when nothing is kept."""
+        plan = self.plan
+        if plan.keep_weights:
+            self.plan = replace(plan, keep_weights=plan.keep_weights - max(1, plan.keep_weights // 3))
+        elif plan.keep_attention:
+            self.plan = replace(plan, keep_attention=plan.keep_attention - max(1, plan.keep_attention // 3))
+        elif plan.keep_all:
+            self.plan = replace(plan, keep_all=plan.keep_all - 1, keep_attention=1)
+        if self.inputs is not None:
+            self.inputs.grow(self._inputs_away())
+        return self.plan is not plan
 
     @torch.no_grad()
     def accumulate(self, batches: Batch | Sequence[Batch], scale: torch.Tensor) -> torch.Tensor:

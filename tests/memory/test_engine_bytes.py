@@ -188,7 +188,7 @@ def test_a_pass_takes_what_the_plan_says(case, weightless):
     planned = sum(plan.components[name] for name in ("activations", "layer_work", "loss"))
     elsewhere = plan.allocated_bytes - planned  # weights, adapter, optimizer: counted where they are made
     assert -0.01 <= plan.allocated_bytes / (elsewhere + pool.peak) - 1 <= 0.03, (planned, pool.peak)
-    if not plan.gate_up_on_host:  # else a pass may need more and then runs without a graph
+    if not plan.gate_up_on_host:  # else a graph may need more and then keeps less
         room = plan.components["context"] - CONTEXT  # gaps, and what the allocator rounds up
         assert pool.fullest - pool.peak <= room, plan.to_dict()
 
