@@ -222,7 +222,7 @@ class Hungry:
         held = torch.ones(50 << 20, dtype=torch.uint8, device="cuda")
         if torch.cuda.is_current_stream_capturing() and self.less < 2:
             torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
-        return held.sum()
+        return held[:9].float().sum()
 
     def forget(self):
         pass
