@@ -95,6 +95,7 @@ def bench(
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "captured": bool(getattr(step, "graphs", None)),
+        "capture_failed": getattr(step, "failed", ""),
         "profile": kernels,
         "plan": plan.to_dict() | {"components": plan.components, "fits": plan.fits, "step_s": plan.step_s},
     }

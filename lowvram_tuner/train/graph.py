@@ -32,6 +32,7 @@ class CapturedStep:
         self.seen: set[Shapes] = set()
         self.scale = torch.ones((), device=device)
         self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
+        self.failed = ""  # why the last capture failed
 
     def accumulate(self, batches: Batch | Sequence[Batch], scale: float) -> torch.Tensor:
         """Adds scale x the gradient of the summed loss. Returns the sum of losses; valid until the next call."""
@@ -58,10 +59,10 @@ class CapturedStep:
         static = [Batch(*[t.clone() for t in batch.tensors()], max_len=batch.max_len, even=batch.even) for batch in batches]
         plan, tries = self.step.plan, TRIES
         while failure := self._record(key, static):
-            reason, short = failure
+            self.failed, short = failure
             tries -= 1
             if not (short and tries and self.step.keep_less()):
-                log.warning("this step cannot be captured as a CUDA graph (%s); it runs eagerly.", reason)
+                log.warning("this step cannot be captured as a CUDA graph (%s); it runs eagerly.", self.failed)
                 self.enabled, self.step.plan = False, plan
                 return self.step.accumulate(batches, self.scale)
             log.info("the pass's graph needs more memory than planned; it keeps fewer activations.")
@@ -83,6 +84,8 @@ class CapturedStep:
             self.graphs[key] = (graph, static, loss)
             return None
         abandon_capture(graph, self.pool)  # here, since the error's traceback held the pass's tensors until now
+        # PyTorch takes a pool whose capture CUDA invalidated as still being recorded to, and begins no other one in it.
+        self.pool = torch.cuda.graph_pool_handle()
         return failure
 
 
