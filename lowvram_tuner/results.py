@@ -31,8 +31,8 @@ def show_plan(result: Result) -> None:
 
 
 def show_bench(result: Result) -> None:
-    """The figures, and of the plan what it decided; the profile has its own table."""
-    show_lines({k: v["words"] if k == "plan" else v for k, v in result.items() if k != "profile"})
+    """The figures, and of the plan what it decided; the profile has its own table, and what was not measured no line."""
+    show_lines({k: v["words"] if k == "plan" else v for k, v in result.items() if k != "profile" and (v or v is False)})
 
 
 def show_quantized(result: Result) -> None:

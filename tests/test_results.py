@@ -30,6 +30,6 @@ def test_a_quantized_model_names_its_worst_weight_and_the_next_step(capsys):
     assert len(out) < 400
 
 
-def test_a_benchmark_tells_its_plan_in_words(capsys):
-    results.show_bench({"step_ms": 63.04, "plan": {"keep_all": 2, "words": ("4-bit nf4", "word table in RAM")}, "profile": {"top": [1] * 99}})
-    assert capsys.readouterr().out == "step_ms: 63.04\nplan: 4-bit nf4, word table in RAM\n"
+def test_a_benchmark_tells_its_plan_in_words_and_nothing_that_was_not_measured(capsys):
+    results.show_bench({"step_ms": 63.04, "gpu_ms": 0.0, "captured": False, "capture_failed": "", "plan": {"keep_all": 2, "words": ("4-bit nf4", "word table in RAM")}, "profile": {"top": [1] * 99}})
+    assert capsys.readouterr().out == "step_ms: 63.04\ncaptured: False\nplan: 4-bit nf4, word table in RAM\n"

@@ -165,8 +165,9 @@ def _fill_layer(
                     raise ConfigError(f"{prefix}.{name} is stored as {seen}, but the model's config asks for {shape}.")
                 packed = {k: v.to(device) for k, v in stored[name].packed.items()}
             else:
-                # Of random weights a few rows are quantized, which takes less than a plan may hold, and repeated.
-                rows = shape[0] if weights is not None else min(shape[0], RANDOM_ROWS)
+                # Of random weights a few rows are quantized, which takes less than a plan may hold, and repeated as they are held.
+                few = weights is None and held[name] is formats[name]
+                rows = min(shape[0], RANDOM_ROWS) if few else shape[0]
                 weight = _read(weights, f"{prefix}.{name}.weight", (rows, shape[1]), device)
                 packed = formats[name].quantize(weight.to(device=device, dtype=_source_dtype(weight, dtype)))
                 if rows < shape[0]:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from lowvram_tuner.config import TrainConfig
@@ -39,10 +40,10 @@ def bench(
     together, as many times so many, and each counts its share. Returns `bench`'s JSON keys.
 
     process_gb: what the driver counts for the card since the start; context_gb: its share beyond the allocator's, CUDA's own.
-    Without `profiled` the keys about kernels are zero, which saves seconds.
+    Without a card all memory is the process's, in RAM. Without `profiled` the keys about kernels are zero, which saves seconds.
     """
     device = pick_device()
-    used_before = _used_bytes()
+    used_before = _used_bytes(device) if device.type == "cuda" else 0
     plan = make_plan(replace(config, packing=False))  # every row is one example
     cap_allocator(device, plan)
     started = time.perf_counter()
@@ -72,14 +73,15 @@ def bench(
         _synchronize(device)
         times.append((time.perf_counter() - begin) / plan.together)
         losses.append(float(loss) / sum(b.labels.ge(0).sum().item() for b in batches))
-        process = max(process, _used_bytes() - used_before)
+        process = max(process, _used_bytes(device) - used_before)
     step_s = statistics.median(times[WARM_UP:])
     measured = profiled and device.type == "cuda"
     recorded = profile.record(lambda: (step.accumulate(batches, 1.0 / tokens), optimizer.step(0.0))) if measured else []
     kernels = profile.summary(recorded, step_s * plan.together * 1e3)
-    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+    peak = _peak(device)
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak
     return {
-        "peak_allocated_gb": _peak(device) / GB,
+        "peak_allocated_gb": peak / GB,
         "peak_reserved_gb": reserved / GB,
         "process_gb": process / GB,
         "context_gb": (process - reserved) / GB,
@@ -122,10 +124,13 @@ def _random_batch(config: TrainConfig, vocabulary: int, index: int, device: torc
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _used_bytes(device)
 
 
-def _used_bytes() -> int:
+def _used_bytes(device: torch.device) -> int:
+    """Of the card, by every program; without one this process's RAM."""
+    if device.type != "cuda":
+        return psutil.Process().memory_info().rss
     card = read_card()
     return card.used_bytes if card else 0
 
