@@ -1,4 +1,4 @@
-"""Holds PyTorch's allocator to a plan's budget, and to what a failed capture should have given back."""
+"""Holds PyTorch's allocator to a plan's budget, says what is left of it, and takes back what a failed capture keeps."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def cap_allocator(device: torch.device, plan: Plan) -> None:
         total = torch.cuda.get_device_properties(device).total_memory
         share = (plan.budget.limit_bytes - plan.budget.context_bytes) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.01)), device)
+
+
+def room(device: torch.device, plan: Plan) -> int:
+    """Bytes that PyTorch can still take: of what is free on the card, as much as the plan's cap leaves."""
+    free, limit = torch.cuda.mem_get_info(device)[0], plan.budget.limit_bytes
+    return min(free, limit - plan.budget.context_bytes - torch.cuda.memory_reserved(device)) if limit else free
 
 
 def abandon_capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:

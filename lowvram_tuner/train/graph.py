@@ -2,7 +2,8 @@
 
 At batch 1 the launches of a step take longer than its arithmetic (ANCHORS: the best peer's card is busy 83 of 325 ms).
 A graph needs fixed shapes and addresses, so there is one per shape of a micro-batch, fed through static input tensors. All
-graphs share one memory pool, since only one runs at a time.
+graphs share one memory pool, since only one runs at a time. Nothing else can use that pool, and a plan has room for one pass only:
+whoever else runs out of memory has the graphs give theirs back (`release`), and they are captured again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lowvram_tuner.memory.allocator import abandon_capture
+from lowvram_tuner.memory.allocator import abandon_capture, room
 from lowvram_tuner.memory.cost import MOST_TOGETHER
 from lowvram_tuner.train.step import Batch, FusedStep
 
@@ -32,6 +33,7 @@ class CapturedStep:
         self.seen: set[Shapes] = set()
         self.scale = torch.ones((), device=device)
         self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
+        self.held = 0  # bytes of the pool
         self.failed = ""  # why the last capture failed
 
     def accumulate(self, batches: Batch | Sequence[Batch], scale: float) -> torch.Tensor:
@@ -41,10 +43,33 @@ class CapturedStep:
         key = tuple((*(t.numel() for t in batch.tensors()), batch.max_len, batch.even) for batch in batches)
         if key in self.graphs:
             return self._replay(key, batches)
-        if not self.enabled or key not in self.seen or sum(map(len, self.graphs)) + len(key) > self.limit:
-            self.seen.add(key)
-            return self.step.accumulate(batches, self.scale)
-        return self._capture(key, batches)
+        few = sum(map(len, self.graphs)) + len(key) <= self.limit
+        if self.enabled and few and key in self.seen:
+            return self._capture(key, batches)
+        if self.graphs and not self._room_for_another():
+            self.release()
+            self.enabled = few  # a shape for which there is no graph would have the others captured again and again
+        self.seen.add(key)
+        return self.step.accumulate(batches, self.scale)
+
+    def _room_for_another(self) -> bool:
+        """Whether an eager pass has room beside the graphs' pool, which holds a pass."""
+        torch.cuda.empty_cache()
+        return room(self.scale.device, self.step.plan) >= self.held
+
+    def release(self) -> bool:
+        """Gives the graphs' memory back until their shapes come again. False when there are none."""
+        if not self.graphs:
+            return False
+        torch.cuda.synchronize()
+        self._new_pool()
+        return True
+
+    def _new_pool(self) -> None:
+        """Begins anew: of a capture that failed or left something behind PyTorch takes the pool as still being recorded to."""
+        self.graphs.clear()
+        self.pool, self.held = torch.cuda.graph_pool_handle(), 0
+        torch.cuda.empty_cache()
 
     def _replay(self, key: Shapes, batches: Sequence[Batch]) -> torch.Tensor:
         graph, static, loss = self.graphs[key]
@@ -73,6 +98,7 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the eager pass's blocks would otherwise stand beside the graph's pool
+        before = torch.cuda.memory_reserved()
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 loss = self.step.accumulate(static, self.scale)
@@ -82,10 +108,10 @@ class CapturedStep:
             self.step.forget()
         else:
             self.graphs[key] = (graph, static, loss)
+            self.held += torch.cuda.memory_reserved() - before
             return None
         abandon_capture(graph, self.pool)  # here, since the error's traceback held the pass's tensors until now
-        # PyTorch takes a pool whose capture CUDA invalidated as still being recorded to, and begins no other one in it.
-        self.pool = torch.cuda.graph_pool_handle()
+        self._new_pool()
         return failure
 
 

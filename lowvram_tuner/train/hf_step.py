@@ -30,6 +30,10 @@ class TransformersStep:
         """Adds scale x the gradient of the summed loss to the adapter's gradients. Returns the sum of losses."""
         return sum(self._pass(batch, scale) for batch in ([batches] if isinstance(batches, Batch) else batches))
 
+    def release(self) -> bool:
+        """`CapturedStep.release`: nothing is held between passes."""
+        return False
+
     def _pass(self, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
         self.loaded.model.train()
         with torch.enable_grad():

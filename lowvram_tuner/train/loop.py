@@ -71,6 +71,7 @@ class _Run:
         self.held_out_tokens = target_counts(prepared.held_out)
         self.questions = Questions(prepared.prompts, tokenizer)
         self.answers: dict[int, list[dict[str, str]]] = {}  # by step
+        self.released = -1  # the step at which graphs gave their memory back
         self.saved: int | None = None  # the step whose state the newest checkpoint holds
         self.kept = 0  # the step whose adapter the run keeps
 
@@ -111,7 +112,7 @@ class _Run:
             except torch.OutOfMemoryError:
                 group = None
             if group is None:
-                self._make_leaner()
+                self._make_room()
                 continue
             following = next(upcoming)  # collated while the card works
             self.loss = float(total) / targets
@@ -275,13 +276,20 @@ class _Run:
         return (time.perf_counter() - begin) / together
 
     def _surviving(self, work: Callable[[], T]) -> T:
-        """`work()`; when the card runs out of memory in it, again under leaner plans until it passes."""
+        """`work()`; when the card runs out of memory in it, again with more room until it passes."""
         while True:
             try:
                 return work()
             except torch.OutOfMemoryError:
                 pass  # the traceback holds what the pass had allocated: let go of it before anything is built anew
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """The memory of the captured passes, which nothing else can use; if that was not enough a leaner plan."""
+        self.session.adapter.gradients.zero_()
+        if self.released == self.progress.step or not self.session.step.release():
             self._make_leaner()
+        self.released = self.progress.step
 
     def _make_leaner(self, limit: int | None = None, why: str = "The card ran out of memory; going on with a leaner plan.") -> None:
         """Saves, and goes on under a plan for less: in spite of the old one the card is too full."""
@@ -319,10 +327,13 @@ class _Run:
 
     def _ask(self) -> None:
         """The questions answered by the adapter as it is; without the memory for it the run goes on without these answers."""
-        try:
-            self._answer(self.progress.step)
-        except torch.OutOfMemoryError:
-            self.reporter.note(f"The questions were not asked at step {self.progress.step}: the card has no room for the answers.")
+        while True:
+            try:
+                return self._answer(self.progress.step)
+            except torch.OutOfMemoryError:
+                pass
+            if not self.session.step.release():
+                return self.reporter.note(f"The questions were not asked at step {self.progress.step}: the card has no room for the answers.")
 
     def _answer(self, step: int) -> None:
         """Asks base and adapter the same questions. step: whose adapter it is."""

@@ -6,6 +6,7 @@ The comparison runs each example alone, so that it also proves that packed examp
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +122,45 @@ def test_captured_step_without_a_card_is_the_step():
         _, g = one_pass(captured, adapter, batch, 1.0)
         assert torch.equal(g, eager)
     assert not captured.graphs
+
+
+class Recorded(CapturedStep):
+    """A card's captured step without a card: what it does, in order. Batches of n tokens are told apart by n."""
+
+    def __init__(self, limit: int, roomy: bool) -> None:
+        super().__init__(self, torch.device("cpu"), limit)
+        self.enabled, self.roomy, self.done, self.plan = True, roomy, [], None
+        self.step = SimpleNamespace(accumulate=lambda batches, scale: self.done.append(f"eager {len(batches[0].input_ids)}"))
+
+    def _room_for_another(self):
+        return self.roomy
+
+    def _new_pool(self):
+        self.graphs.clear()
+        self.done.append("released")
+
+    def _capture(self, key, batches):
+        self.graphs[key] = None
+        self.done.append(f"captured {len(batches[0].input_ids)}")
+
+    def _replay(self, key, batches):
+        self.done.append(f"replayed {len(batches[0].input_ids)}")
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+def test_graphs_make_room_for_a_shape_that_was_never_seen(monkeypatch, roomy):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    step = Recorded(limit=2, roomy=roomy)
+    a, b, c = (batch_of(flat((0, n))) for n in (10, 20, 30))
+    for batch in (a, a, a, b, a, b, a, b, c, a):
+        step.accumulate(batch, 1.0)
+    seen = ["eager 10", "captured 10", "replayed 10"]
+    if roomy:
+        seen += ["eager 20", "replayed 10", "captured 20", "replayed 10", "replayed 20", "eager 30", "replayed 10"]
+    else:  # the graphs that were given back are captured again without an eager pass; with a shape too many none is
+        seen += ["released", "eager 20", "captured 10", "captured 20", "replayed 10", "replayed 20", "released", "eager 30", "eager 10"]
+    assert step.done == seen
+    assert step.enabled == roomy and not Recorded(2, roomy).release()
 
 
 def test_counts_of_a_batch():
@@ -247,6 +287,25 @@ def test_a_capture_that_runs_out_of_memory_keeps_none_of_it_and_tries_with_less(
     assert torch.equal(first, second) and torch.equal(first, captured.accumulate(batch, 1.0))
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before + (60 << 20 if done else 1 << 20)
+
+
+@pytest.mark.gpu
+def test_graphs_give_their_memory_back_and_are_captured_again():
+    plan = make_plan("vram", scratch_bytes=2 * 704 * 256 * 2, keep_all=6)
+    loaded, adapter = make_case(model_values("llama", False, **BIG), 4, plan, "cuda", torch.bfloat16, lora_r=16)
+    captured = CapturedStep(FusedStep(loaded, adapter, plan, 8192), torch.device("cuda", 0))
+    batch = batch_of(flat(tuple(range(0, 8193, 128)), vocabulary=3000), "cuda")
+    first = one_pass(captured, adapter, batch, 1 / 200)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    passes = [one_pass(captured, adapter, batch, 1 / 200) for _ in range(2)]
+    pool = captured.held
+    assert captured.graphs and pool > 200 << 20 and torch.cuda.memory_reserved() >= before + pool
+    assert captured.release() and not captured.release()
+    assert torch.cuda.memory_reserved() <= before + (24 << 20)  # cuBLAS keeps what it works in
+    passes += [one_pass(captured, adapter, batch, 1 / 200) for _ in range(2)]
+    assert len(captured.graphs) == 1 and captured.held <= pool + (24 << 20)
+    assert all(loss == first[0] and torch.equal(g, first[1]) for loss, g in passes)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,9 @@ from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.hardware.card import Card
 from lowvram_tuner.train import guard as guarding
 from lowvram_tuner.train import session as sessions
+from lowvram_tuner.train.answers import Questions
 from lowvram_tuner.train.events import Reporter
+from lowvram_tuner.train.graph import CapturedStep
 from lowvram_tuner.train.guard import Guard
 from lowvram_tuner.train.run_dir import RunDir
 from lowvram_tuner.train.step import FusedStep
@@ -89,6 +91,22 @@ def test_out_of_memory_once_changes_nothing_that_is_learned(config, undisturbed,
     folder = run(config)
     assert calls[0] > 1
     assert folder.state()["status"] == "finished"
+    same(steps(folder), whole)
+
+
+@pytest.mark.parametrize(("where", "leaner"), [
+    pytest.param((FusedStep, "evaluate", lambda n, *_: n == 2), 0, id="in a held-out check"),
+    pytest.param((Questions, "ask", lambda n, *_: n == 1), 0, id="in the answers"),
+    pytest.param((FusedStep, "accumulate", lambda n, *_: n == 8), 0, id="in a step"),
+    pytest.param((FusedStep, "accumulate", lambda n, *_: n in (8, 9)), 1, id="in a step, and again"),
+])  # fmt: skip
+def test_captured_passes_give_their_memory_back_before_a_leaner_plan_is_made(config, undisturbed, monkeypatch, where, leaner):
+    whole, given_back = expected(undisturbed, config), []
+    monkeypatch.setattr(CapturedStep, "release", lambda self: given_back.append(self) or True)
+    fails(monkeypatch, *where)
+    folder = run(config)
+    assert folder.state()["status"] == "finished" and len(given_back) == 1
+    assert sum("leaner plan" in text for text in notes(folder)) == leaner and not any("not asked" in text for text in notes(folder))
     same(steps(folder), whole)
 
 
