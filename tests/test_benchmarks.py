@@ -110,6 +110,8 @@ def test_what_is_measured_next(tmp_path, monkeypatch, capsys):
     again = bench_train.chosen(namespace(tmp_path, again=True, only=["7B", "Alpaca"], peers=["none"], alpaca=Path("x")), done)
     assert [c.key for c in again if "Alpaca" not in c.key] == ["7B in 4.3 GB", "7B 1x512, whole card", "7B 2-bit, 1x128 r8"]
     assert sum("Alpaca" in c.key for c in again) == 2
+    whole = namespace(tmp_path, only=["hf: Llama-3.1-8B-Instruct 1x512", "8B in"], peers=["hf"], alpaca=Path("x"))
+    assert [c.key for c in bench_train.chosen(whole, {})] == ["8B in 4.95 GB", "hf: Llama-3.1-8B-Instruct 1x512"], "a whole name is that case"
 
 
 def test_a_run_keeps_every_result_and_ends_in_time(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_train.py --list                        # the cases, no card needed
     python tests/benchmarks/bench_train.py --out train.json --minutes 9  # as many as fit, in the order of ORDER;
                                                                          # the same command again goes on where it ended
-    ... --only 8B unsloth: --alpaca FILE                                 # cases whose name holds one of the texts
+    ... --only 8B unsloth: --alpaca FILE                                 # cases with one of these names or parts of names
     ... --peers none                                                     # or: unsloth, hf, liger; default all that can be imported
     ... --again                                                          # measure what is in the file already, too
     python tests/benchmarks/bench_train.py --out train.json --show       # the table of what is there, no card needed
@@ -152,6 +152,11 @@ def reads_folder(case: Case | PeerCase) -> bool:
     return isinstance(case, PeerCase) or FOLDER in case.options
 
 
+def names(text: str, name: str) -> bool:
+    """Whether a text of --only is a case's name or, being no whole name itself, a part of it."""
+    return text == name or (text in name and all(text != case.key for case in ORDER))
+
+
 def chosen(args: argparse.Namespace, results: Results) -> list[Case | PeerCase]:
     """What is to be measured: named, not done yet, of a peer that is here, with the data it needs. Says what is not."""
     there = {peer: missing(peer) for peer in PEERS}
@@ -163,7 +168,7 @@ def chosen(args: argparse.Namespace, results: Results) -> list[Case | PeerCase]:
     for case in ORDER:
         name = case.key
         done = name in results and "error" not in results[name]
-        if (args.only and not any(text in name for text in args.only)) or (done and not args.again):
+        if (args.only and not any(names(text, name) for text in args.only)) or (done and not args.again):
             continue
         if isinstance(case, PeerCase) and (case.peer not in allowed or there[case.peer]):
             continue
