@@ -48,13 +48,16 @@ class CapturedStep:
             return self._capture(key, batches)
         if self.graphs and not self._room_for_another():
             self.release()
-            self.enabled = few  # a shape for which there is no graph would have the others captured again and again
+            if not few:  # it would have the others captured again and again
+                log.warning("passes have too many shapes for graphs of all of them; they run eagerly.")
+                self.enabled = False
         self.seen.add(key)
         return self.step.accumulate(batches, self.scale)
 
     def _room_for_another(self) -> bool:
         """Whether an eager pass has room beside the graphs' pool, which holds a pass."""
-        torch.cuda.empty_cache()
+        if room(self.scale.device, self.step.plan) < self.held:
+            torch.cuda.empty_cache()
         return room(self.scale.device, self.step.plan) >= self.held
 
     def release(self) -> bool:
