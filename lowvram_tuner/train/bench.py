@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from lowvram_tuner.config import TrainConfig
@@ -27,7 +26,7 @@ from lowvram_tuner.train.fused_layer import supports
 from lowvram_tuner.train.graph import CapturedStep
 from lowvram_tuner.train.hf_step import TransformersStep
 from lowvram_tuner.train.optimizer import Optimizer
-from lowvram_tuner.train.session import cap_allocator, make_plan
+from lowvram_tuner.train.session import cap_allocator, make_plan, memory_now
 from lowvram_tuner.train.step import FusedStep, to_batch
 
 WARM_UP = 3  # the first pass runs eagerly, the second is captured
@@ -130,7 +129,7 @@ def _peak(device: torch.device) -> int:
 def _used_bytes(device: torch.device) -> int:
     """Of the card, by every program; without one this process's RAM."""
     if device.type != "cuda":
-        return psutil.Process().memory_info().rss
+        return memory_now(device, 0)[0]
     card = read_card()
     return card.used_bytes if card else 0
 

@@ -43,12 +43,12 @@ class CapturedStep:
         key = tuple((*(t.numel() for t in batch.tensors()), batch.max_len, batch.even) for batch in batches)
         if key in self.graphs:
             return self._replay(key, batches)
-        few = sum(map(len, self.graphs)) + len(key) <= self.limit
-        if self.enabled and few and key in self.seen:
+        allowed = sum(map(len, self.graphs)) + len(key) <= self.limit
+        if self.enabled and allowed and key in self.seen:
             return self._capture(key, batches)
         if self.graphs and not self._room_for_another():
             self.release()
-            if not few:  # it would have the others captured again and again
+            if not allowed:  # it would have the others captured again and again
                 log.warning("passes have too many shapes for graphs of all of them; they run eagerly.")
                 self.enabled = False
         self.seen.add(key)

@@ -286,8 +286,9 @@ class _Run:
 
     def _make_room(self) -> None:
         """The memory of the captured passes, which nothing else can use; if that was not enough a leaner plan."""
-        self.session.adapter.gradients.zero_()
-        if self.released == self.progress.step or not self.session.step.release():
+        if self.released != self.progress.step and self.session.step.release():
+            self.session.adapter.gradients.zero_()
+        else:
             self._make_leaner()
         self.released = self.progress.step
 

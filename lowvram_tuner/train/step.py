@@ -55,7 +55,7 @@ def to_batch(flat, device: torch.device, max_len: int, round_targets: int = 64, 
         edges = np.concatenate([edges, np.full(sequences + 1 - len(edges), edges[-1], np.int32)])
     arrays = (flat.input_ids, flat.position_ids, edges, positions, labels)
     moved = [torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True) for a in arrays]
-    even = len(flat.input_ids) == max_len * (len(flat.cu_seqlens) - 1) and bool(np.all(np.diff(flat.cu_seqlens) == max_len))
+    even = bool(np.all(np.diff(flat.cu_seqlens) == max_len))  # padding is a sequence as well
     return Batch(*moved, max_len=max_len, even=even, counted=len(targets), tokens=flat.tokens)
 
 
