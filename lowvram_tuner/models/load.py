@@ -241,8 +241,15 @@ def _make_ring(layers: nn.ModuleList, hosts: dict[int, torch.Tensor], device: to
     return ring
 
 
-class Embedding(nn.Embedding):
-    """The word table, which may stay in host memory while the ids are on the card. Gemma scales its rows."""
+class HostEmbedding(nn.Embedding):
+    """The word table in host memory while the ids are on the card. Gemma scales its rows."""
+
+    @classmethod
+    def take(cls, embedding: nn.Embedding, table: torch.Tensor) -> None:
+        """Makes an embedding one over `table`, which is no parameter: the first one's device is the model's to transformers."""
+        embedding.__class__ = cls
+        del embedding.weight
+        embedding.weight = table
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         rows = gather_rows(ids.reshape(-1), self.weight).view(*ids.shape, -1)
@@ -257,10 +264,10 @@ def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
     shape = (embedding.num_embeddings, embedding.embedding_dim)
     on_host = plan.embeddings_on_host and device.type == "cuda"
     table = _read(weights, "model.embed_tokens.weight", shape, "cpu" if on_host else device).to(dtype)
-    table = table.pin_memory() if on_host else table.to(device)
-    embedding.weight = nn.Parameter(table, requires_grad=False)
-    if table.device != device:
-        embedding.__class__ = Embedding
+    if on_host:
+        HostEmbedding.take(embedding, table.pin_memory())
+    else:
+        embedding.weight = nn.Parameter(table.to(device), requires_grad=False)
     head = model.lm_head
     tied = model.config.tie_word_embeddings or (weights is not None and "lm_head.weight" not in weights.names())
     if tied:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lowvram_tuner.config import ConfigError
 from lowvram_tuner.memory.slabs import slab_bytes
-from lowvram_tuner.models.load import Embedding, config_values, load_model
+from lowvram_tuner.models.load import HostEmbedding, config_values, load_model
 from lowvram_tuner.models.source import Source, locate
 from lowvram_tuner.models.weights import GgufWeights
 from lowvram_tuner.quant.linear import QuantLinear
@@ -313,5 +313,12 @@ def test_a_word_table_in_host_memory_keeps_its_familys_scale():
     table = Gemma2TextScaledWordEmbedding(10, 4, 0, embed_scale=3.0)
     ids = torch.tensor([[1, 9], [0, 4]])
     want = table(ids)
-    table.__class__ = Embedding
+    HostEmbedding.take(table, table.weight.detach())
     assert torch.equal(table(ids), want) and want.abs().max() > 0
+
+
+def test_a_word_table_in_host_memory_does_not_say_where_the_model_is(tmp_path):
+    """transformers' generate takes the first parameter's device for the model's."""
+    model = save_model(tmp_path, tied=False).to("meta")
+    HostEmbedding.take(model.model.embed_tokens, torch.zeros(300, 64))
+    assert model.device.type == "meta" and model.model.embed_tokens.weight.device == CPU

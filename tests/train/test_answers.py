@@ -6,9 +6,11 @@ import pytest
 import torch
 from tiny_model import byte_tokenizer, make_model
 
+from lowvram_tuner.chat.decode import decoder_for
 from lowvram_tuner.chat.session import ChatSession
 from lowvram_tuner.train import answers
 from lowvram_tuner.train.answers import LONGEST, Questions, _batches
+from tests.engine_cases import make_case, make_plan, model_values
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Hello?", "What is the engine on your ship called, and who built it?", "x", "Grüße 日本")]
 
@@ -71,3 +73,20 @@ def test_batches_hold_what_there_is_room_for(monkeypatch):
 def test_a_question_longer_than_the_model_reads_is_left_out(model):
     prompts = [*PROMPTS[:1], [{"role": "user", "content": "long " * 200}]]
     assert [row["prompt"] for row in Questions(prompts, byte_tokenizer()).ask(model, 10_000)] == ["Hello?"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # by the chat's own decoder, and by transformers
+def test_wherever_the_model_lies_it_answers_the_same(family):
+    tokenizer, rows = byte_tokenizer(), []
+    values = model_values(family, False, vocab_size=len(tokenizer), head_dim=16)
+    for plan in ({}, {"embeddings_on_host": True, "streamed": 2, "optimizer_on_host": True}):
+        _, adapter = make_case(values, 4, make_plan("vram", **plan), "cuda", torch.bfloat16)
+        adapter.parameters.mul_(10)
+        model = adapter.model.eval()
+        assert model.device.type == "cuda" and (decoder_for(model) is None) == (family == "gemma2")
+        rows.append(Questions(PROMPTS, tokenizer).ask(model, 10_000))
+        assert [row["adapter"] for row in rows[-1]] != [row["base"] for row in rows[-1]]
+        chat = ChatSession(model, tokenizer)
+        rows[-1].append([chat.answer(p, adapter=True, temperature=0.0, max_new_tokens=LONGEST) for p in PROMPTS])
+    assert rows[0] == rows[1]

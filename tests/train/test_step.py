@@ -15,6 +15,7 @@ import torch
 from lowvram_tuner.train import step as step_module
 from lowvram_tuner.train.graph import CapturedStep
 from lowvram_tuner.train.hf_step import TransformersStep
+from lowvram_tuner.train.session import free_memory
 from lowvram_tuner.train.step import FusedStep
 from tests.engine_cases import VOCABULARY, batch_of, flat, make_case, make_plan, model_values, reference, relative
 
@@ -296,15 +297,16 @@ def test_graphs_give_their_memory_back_and_are_captured_again():
     captured = CapturedStep(FusedStep(loaded, adapter, plan, 8192), torch.device("cuda", 0))
     batch = batch_of(flat(tuple(range(0, 8193, 128)), vocabulary=3000), "cuda")
     first = one_pass(captured, adapter, batch, 1 / 200)
-    torch.cuda.empty_cache()
+    free_memory()
     before = torch.cuda.memory_reserved()
     passes = [one_pass(captured, adapter, batch, 1 / 200) for _ in range(2)]
     pool = captured.held
     assert captured.graphs and pool > 200 << 20 and torch.cuda.memory_reserved() >= before + pool
     assert captured.release() and not captured.release()
-    assert torch.cuda.memory_reserved() <= before + (24 << 20)  # cuBLAS keeps what it works in
+    free_memory()  # cuBLAS keeps what it works in
+    assert torch.cuda.memory_reserved() <= before + (4 << 20)
     passes += [one_pass(captured, adapter, batch, 1 / 200) for _ in range(2)]
-    assert len(captured.graphs) == 1 and captured.held <= pool + (24 << 20)
+    assert len(captured.graphs) == 1 and captured.held <= pool
     assert all(loss == first[0] and torch.equal(g, first[1]) for loss, g in passes)
 
 
