@@ -23,7 +23,7 @@ from lowvram_tuner.chat.cache import ROOM, Cache
 from lowvram_tuner.chat.layers import Attend, Layer, Place, normed
 from lowvram_tuner.chat.sampling import Sampling
 from lowvram_tuner.lora.adapter import LoraQuantLinear
-from lowvram_tuner.memory.allocator import abandon_capture
+from lowvram_tuner.memory.allocator import abandon_capture, recording
 from lowvram_tuner.quant.linear import QuantLinear
 from lowvram_tuner.train.fused_layer import supports
 
@@ -189,9 +189,8 @@ class _Graphs:
     def _capture(self, key: bool, step: Any) -> None:
         """Recording runs nothing; a step that cannot be recorded is said once and stays eager."""
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with recording(graph, self.pool):
                 result = step()
         except RuntimeError as error:
             log.warning("a token's step cannot be captured as a CUDA graph (%s); it runs eagerly.", str(error).splitlines()[0])

@@ -57,8 +57,8 @@ class Adapter:
     slices: dict[str, tuple[int, torch.Size]]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """PEFT's names for the adapter's tensors, ready for its file format."""
-        return {k: v.detach().contiguous().clone() for k, v in get_peft_model_state_dict(self.model).items()}
+        """Copies of the adapter's tensors on the CPU under PEFT's names, ready for its file format. The card may have no room left."""
+        return {k: v.detach().to("cpu", copy=True) for k, v in get_peft_model_state_dict(self.model).items()}
 
 
 def attach(model: nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Adapter:
@@ -116,7 +116,7 @@ def save_adapter(adapter: Adapter, folder: Path, public_id: str) -> None:
     config |= {"base_model_name_or_path": public_id, "inference_mode": True}
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, default=str), encoding="utf-8")
-    save_file({k: v.cpu() for k, v in adapter.state().items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(adapter.state(), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _flatten(model: PeftModel, device: torch.device, dtype: torch.dtype) -> Adapter:

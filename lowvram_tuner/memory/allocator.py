@@ -1,10 +1,11 @@
-"""Holds PyTorch's allocator to a plan's budget, says what is left of it, and takes back what a failed capture keeps."""
+"""Holds PyTorch's allocator to a plan's budget, says what is left of it, and keeps graphs' memory in their pools."""
 
 from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -38,6 +39,22 @@ def room(device: torch.device, plan: Plan) -> int:
     """Bytes that PyTorch can still take: of what is free on the card, as much as the plan's cap leaves."""
     free, limit = torch.cuda.mem_get_info(device)[0], plan.budget.limit_bytes
     return min(free, limit - plan.budget.context_bytes - torch.cuda.memory_reserved(device)) if limit else free
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> Iterator[None]:
+    """Captures into `pool` what the block does; what eager passes left is given back first.
+
+    cuBLAS keeps a stream's workspace, which here lies in the pool, for the next capture too. That one may have another pool, and
+    once the first is given back the workspace would go while a graph works in it: so it is dropped, as the pool keeps its memory.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        # torch.cuda.graph synchronizes and empties the allocator's cache before it begins.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def abandon_capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lowvram_tuner.memory.allocator import abandon_capture, room
+from lowvram_tuner.memory.allocator import abandon_capture, recording, room
 from lowvram_tuner.memory.cost import MOST_TOGETHER
 from lowvram_tuner.train.step import Batch, FusedStep
 
@@ -99,11 +99,9 @@ class CapturedStep:
     def _record(self, key: Shapes, static: list[Batch]) -> tuple[str, bool] | None:
         """Makes the graph. If that fails: why, and whether memory was short."""
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the eager pass's blocks would otherwise stand beside the graph's pool
-        before = torch.cuda.memory_reserved()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with recording(graph, self.pool):
+                before = torch.cuda.memory_reserved()
                 loss = self.step.accumulate(static, self.scale)
         except RuntimeError as error:
             failure = str(error).splitlines()[0], _ran_out_of_memory(error)

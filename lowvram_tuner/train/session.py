@@ -50,7 +50,7 @@ class Session:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Adapter and optimizer as CPU tensors, and the optimizer's numbers."""
-        tensors = {f"adapter.{k}": v.cpu() for k, v in self.adapter.state().items()}
+        tensors = {f"adapter.{k}": v for k, v in self.adapter.state().items()}
         tensors |= {k: v.detach().cpu().clone() for k, v in self.optimizer.tensors().items()}
         return tensors, self.optimizer.numbers()
 
