@@ -87,9 +87,10 @@ def load_adapter(model: nn.Module, folder: Path) -> Adapter:
     lora = LoraConfig.from_pretrained(folder)
     lora._register_custom_module({QuantLinear: LoraQuantLinear})
     lora.inference_mode = True
-    peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     first = next(m for m in model.modules() if isinstance(m, QuantLinear))
-    adapter = _flatten(peft_model, next(iter(first.packed.values())).device, model.dtype)
+    device, dtype = next(iter(first.packed.values())).device, model.dtype  # of the base: PEFT's own are fp32
+    peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    adapter = _flatten(peft_model, device, dtype)
     load_state(adapter, load_file(folder / "adapter_model.safetensors"))
     peft_model.eval()
     return adapter

@@ -11,7 +11,7 @@ import torch
 
 from lowvram_tuner.config import LINEARS, ConfigError, TrainConfig
 from lowvram_tuner.lora.adapter import GROUPS, attach, load_adapter, load_state, save_adapter
-from lowvram_tuner.models.load import load_model
+from lowvram_tuner.models.load import HostEmbedding, load_model, random_model
 from lowvram_tuner.quant.registry import resolve
 from tests.engine_cases import make_case, make_plan, model_values
 from tests.tiny_model import make_model
@@ -99,8 +99,6 @@ def test_a_groups_a_lie_side_by_side():
 
 
 def test_a_fresh_adapter_changes_nothing_and_depends_on_the_seed_alone():
-    from lowvram_tuner.models.load import random_model
-
     def adapter_of(seed, noise):
         torch.manual_seed(noise)
         model = random_model(model_values("llama"), resolve(16), make_plan(), CPU, torch.float32).model
@@ -121,6 +119,17 @@ def test_dropout_acts_while_training_only():
     assert not torch.equal(logits(model), logits(model))
     model.eval()
     assert torch.equal(logits(model), logits(model))
+
+
+def test_an_adapter_takes_the_dtype_of_its_base_wherever_the_word_table_is(tmp_path):
+    values = model_values("llama", False)
+    _, adapter = make_case(values)
+    save_adapter(adapter, tmp_path, "some/model")
+    model = random_model(values, resolve(4), make_plan(), CPU, torch.bfloat16).model
+    HostEmbedding.take(model.model.embed_tokens, model.model.embed_tokens.weight.detach())
+    loaded = load_adapter(model, tmp_path)
+    assert loaded.parameters.dtype == torch.bfloat16 and torch.equal(loaded.parameters, adapter.parameters.bfloat16())
+    assert logits(loaded.model).dtype == torch.bfloat16
 
 
 def test_an_adapter_of_another_model_is_refused_in_a_sentence(folder, tmp_path):
@@ -151,8 +160,6 @@ def test_a_folder_without_an_adapter_is_refused(folder, tmp_path):
 
 
 def test_targets_reach_fused_linears():
-    from lowvram_tuner.models.load import random_model
-
     values = model_values("phi3", pad_token_id=0)  # q, k and v are one linear there
     model = random_model(values, resolve(16), make_plan(), CPU, torch.float32).model
     adapter = attach(model, TrainConfig(target_modules=("q_proj", "v_proj")), CPU, torch.float32)
