@@ -258,20 +258,19 @@ class HostEmbedding(nn.Embedding):
 
 
 def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
-    """Embeddings, on the card or in pinned host memory, and the head at the plan's bits; a tied head stays the embedding."""
+    """Embeddings, on the card or in pinned host memory, and the head at the plan's bits; a tied head is the embedding, on the card."""
     model, device, dtype = loaded.model, loaded.device, loaded.dtype
     embedding = model.model.embed_tokens
     shape = (embedding.num_embeddings, embedding.embedding_dim)
-    on_host = plan.embeddings_on_host and device.type == "cuda"
+    tied = model.config.tie_word_embeddings or (weights is not None and "lm_head.weight" not in weights.names())
+    on_host = plan.embeddings_on_host and not tied and device.type == "cuda"
     table = _read(weights, "model.embed_tokens.weight", shape, "cpu" if on_host else device).to(dtype)
     if on_host:
         HostEmbedding.take(embedding, table.pin_memory())
     else:
         embedding.weight = nn.Parameter(table.to(device), requires_grad=False)
-    head = model.lm_head
-    tied = model.config.tie_word_embeddings or (weights is not None and "lm_head.weight" not in weights.names())
     if tied:
-        head.weight = embedding.weight
+        model.lm_head.weight = embedding.weight
         return
     fmt = _format(resolve(plan.head_bits), dtype)
     slab = make_slab({"lm_head": fmt.layout(*shape)}, device)
