@@ -27,7 +27,7 @@ def byte_tokenizer():
     return tokenizer
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, tied: bool = True) -> Path:
     """Writes the model's folder: config.json, model.safetensors, tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -35,7 +35,7 @@ def make_model(folder: Path) -> Path:
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
