@@ -203,9 +203,11 @@ def demo(config: TrainConfig, args: argparse.Namespace) -> Result:
     make_room(config.output_dir)
     run = RunDir.create(config.output_dir, config)
     result = _train_here(run, resume=False)
+    if result["status"] == "stopped":
+        raise CommandFailed(f"the demo was stopped before its answers could be compared; go on with `train --resume {run.id}`.")
     events = run.events()[0]
     rows = next((e["rows"] for e in reversed(events) if e["kind"] == "compare"), [])
-    verdict = next((e for e in reversed(events) if e["kind"] == "verdict"), {"verdict": None, "text": "there is no verdict."})
+    verdict = next(e for e in reversed(events) if e["kind"] == "verdict")
     for row in rows:
         print(f"\n{row['prompt']}\n  before: {row['base']}\n  after:  {row['adapter']}")
     print(f"\n{verdict['text']}\nThe run is in {run.path}, its adapter in {run.adapter}.")

@@ -169,6 +169,13 @@ def test_a_demo_that_kept_its_old_voice_has_failed(training, tmp_path, capsys):
     assert "only 0 of 1 answers begin with \"Steam's up\"" in capsys.readouterr().err
 
 
+def test_a_demo_that_was_stopped_says_how_to_go_on(training, tmp_path, capsys):
+    training(lambda config, where, reporter, resume: {"status": "stopped"})
+    assert cli.main(["demo", "--output-dir", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert f"go on with `train --resume {list_runs(tmp_path)[0].id}`." in err and "before:" not in out
+
+
 class Session:
     """Answers with what it was given."""
 
