@@ -14,7 +14,8 @@ _FORMATS = {
     "hqq": "lowvram_tuner.quant.hqq:HQQ",
     "quip": "lowvram_tuner.quant.quip:Quip",
 }
-_BITS = {"none": (16,), "nf4": (4,), "int8": (8,), "gptq": (2, 3, 4, 8), "hqq": (2, 3, 4, 8), "quip": (2, 3, 4)}
+_BITS = {"none": (16,), "nf4": (4,), "int8": (8,), "gptq": (2, 3, 4, 8), "hqq": (2, 3, 4, 8), "quip": (2, 4)}
+_READ_ONLY = {("quip", 3)}  # in checkpoints of others; none is made
 _AUTO = {2: "quip", 3: "gptq", 4: "nf4", 8: "int8", 16: "none"}
 
 
@@ -25,7 +26,7 @@ def register(name: str, target: str | type[QuantFormat], bits: tuple[int, ...]) 
 
 
 def methods(bits: int) -> list[str]:
-    """The quantizers available for `bits`, the default one first."""
+    """The quantizers that can make `bits` of a model, the default one first."""
     found = [m for m in _FORMATS if bits in _BITS[m]]
     return sorted(found, key=lambda m: m != _AUTO.get(bits))
 
@@ -35,7 +36,7 @@ def resolve(bits: int, method: str = "auto", **options: object) -> QuantSpec:
     available = methods(bits)
     if method == "auto" and available:
         method = available[0]
-    if method not in available:
+    if method not in available and (method, bits) not in _READ_ONLY:
         raise QuantError(f"bits={bits} with method {method!r} is not available; {_offer(bits, available)}")
     return QuantSpec(method=method, bits=bits, **({"sym": False} | options))  # a zero of its own costs a group 8 bits, and is better
 

@@ -154,6 +154,13 @@ def ternary(monkeypatch):
     register("ternary", Ternary, (3,))
 
 
+def test_what_is_only_read_is_not_offered():
+    """QuIP# at 3 bits comes in checkpoints of others."""
+    assert registry.methods(3) == ["gptq", "hqq"] and resolve(3, "quip").method == "quip"
+    with pytest.raises(QuantError, match=r"for 3 bits use gptq or hqq\.$"):
+        resolve(3, "nf4")
+
+
 def test_a_format_registered_from_outside_trains_a_model(ternary):
     from lowvram_tuner.config import TrainConfig
     from lowvram_tuner.lora.adapter import attach
