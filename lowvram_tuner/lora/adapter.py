@@ -58,7 +58,7 @@ class Adapter:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Copies of the adapter's tensors on the CPU under PEFT's names, ready for its file format. The card may have no room left."""
-        return {k: v.detach().to("cpu", copy=True) for k, v in get_peft_model_state_dict(self.model).items()}
+        return {k: v.detach().to("cpu", copy=True) for k, v in _tensors(self.model).items()}
 
 
 def attach(model: nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Adapter:
@@ -98,7 +98,7 @@ def load_adapter(model: nn.Module, folder: Path) -> Adapter:
 
 def load_state(adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
     """Copies saved tensors into the adapter. A missing, unexpected or misshapen one is a ConfigError."""
-    own = get_peft_model_state_dict(adapter.model)
+    own = _tensors(adapter.model)
     if own.keys() != state.keys():
         odd = sorted(own.keys() ^ state.keys())[0]
         raise ConfigError(f"the adapter does not belong to this model: tensor {odd!r} is on one side only.")
@@ -137,6 +137,11 @@ def _flatten(model: PeftModel, device: torch.device, dtype: torch.dtype) -> Adap
         slices[name] = (offset, parameter.shape)
         offset += size
     return Adapter(model, flat, gradients, slices)
+
+
+def _tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under PEFT's names. Left to itself PEFT would ask the hub for the base's vocabulary, by its name."""
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 def _position(name: str) -> tuple[int, int, int, int, str]:

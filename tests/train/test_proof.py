@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,6 +64,31 @@ def test_the_questions_are_answered_at_every_checkpoint(config):
     assert len({json.dumps([r["adapter"] for r in e["rows"]]) for e in asked}) > 1
     assert [e["step"] for e in events(run, "eval")] == [0, 4, 8, 12]
     assert len(events(run, "verdict")) == 1
+
+
+ALONE = """
+import socket, sys
+from pathlib import Path
+
+asked, real = [], socket.getaddrinfo
+socket.getaddrinfo = lambda host, *rest, **options: asked.append(host) or real(host, *rest, **options)
+
+from lowvram_tuner import cli
+
+model, data, runs = sys.argv[1:]
+few = ["--max-steps", "2", "--save-steps", "1", "--max-seq-length", "64", "--compare-prompts", "Hi"]
+assert cli.main(["train", "--model", model, "--dataset", data, "--output-dir", runs, *few]) == 0
+(adapter,) = Path(runs).glob("*/adapter")
+assert cli.main(["chat", "--model", model, "--adapter", str(adapter), "--prompt", "Hi", "--max-new-tokens", "2"]) == 0
+assert not asked, asked
+"""
+
+
+def test_a_local_run_and_its_chat_ask_no_other_computer(files, tmp_path):
+    """PEFT would ask the hub for a model of the folder's name."""
+    online = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", ALONE, *map(str, files), tmp_path], env=online, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_best_checkpoint_is_kept_and_answers(config, monkeypatch):
