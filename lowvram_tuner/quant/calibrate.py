@@ -1,7 +1,7 @@
 """Quantizing a model into a checkpoint of its format, one decoder layer at a time: the `quantize` command.
 
-Only one layer's weights are on the device; the calibration activations stay on the CPU. A calibrated format rounds each
-weight for the inputs it will see, which come from layers already quantized:
+Only one layer's weights are on the device, as they were and as they become; the calibration activations stay on the CPU. A
+calibrated format rounds each weight for the inputs it will see, which come from layers already quantized:
 
     minimize || W X_full - Q X ||^2        X: inputs behind quantized layers, X_full: behind the original ones
 
@@ -174,10 +174,11 @@ def _round_layer(
     entries = []
     for names in layers.linears(index, original):
         hessian, cross = _statistics(layers, index, original, quantized, names[0], hidden, full)
+        wanted = {name: _corrected(quantized.get_submodule(name).weight.float(), hessian, cross) for name in names}
+        del cross  # as large as the Hessian, which a 7B's down has at 0.5 GB
         for name in names:
             began = time.perf_counter()
-            linear = quantized.get_submodule(name)
-            weight = _corrected(linear.weight.float(), hessian, cross)
+            linear, weight = quantized.get_submodule(name), wanted.pop(name)
             label = f"model.layers.{index}.{name}"
             tensors, rounded, damping = _round(fmt, weight, hessian, label)
             error = _relative_error(weight, rounded, hessian)
@@ -211,6 +212,7 @@ def _corrected(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor)
     damped = hessian.clone()
     damped.diagonal().add_(SOLVE_DAMPING * hessian.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped
     if int(failed):
         return weight
     change = torch.cholesky_solve((weight @ cross).t(), lower).t()
@@ -223,12 +225,14 @@ def _round(fmt: QuantFormat, weight: torch.Tensor, hessian: torch.Tensor, label:
 
     failure: Exception | None = None
     for damping in DAMPING:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * hessian.diagonal().mean())
+        damped = hessian
+        if damping:
+            damped = hessian.clone()
+            damped.diagonal().add_(damping * hessian.diagonal().mean())
         try:
             return *fmt.round(weight, damped), damping
         except (QuantError, torch.linalg.LinAlgError) as error:
-            failure = error
+            failure = error.with_traceback(None)  # which holds what was computed in vain
     raise QuantError(f"{label} could not be quantized, even with damping {DAMPING[-1]:g}: {failure}") from failure
 
 

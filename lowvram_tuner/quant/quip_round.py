@@ -58,7 +58,8 @@ def factorized(hessian: torch.Tensor, signs: torch.Tensor) -> tuple[torch.Tensor
 
     Raises QuantError when H is not finite or cannot be factorized with the strongest damping.
     """
-    turned = rotate(rotate(hessian.float(), True, pre=signs).t().contiguous(), True, pre=signs)
+    turned = rotate(hessian.float(), True, pre=signs).t().contiguous()
+    turned = rotate(turned, True, pre=signs, out=turned)
     mean = turned.diagonal().mean()
     if not torch.isfinite(mean):
         raise QuantError(f"the calibration Hessian of {hessian.shape[0]} inputs is not finite; check the weights and the text.")
