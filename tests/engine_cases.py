@@ -1,8 +1,9 @@
-"""Tiny models with an adapter and flat micro-batches of several examples: what tests of the engine work on."""
+"""Tiny models with an adapter, flat micro-batches of several examples, full cards: what tests of the engine work on."""
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,3 +78,43 @@ def reference(adapter: Adapter, data: SimpleNamespace) -> tuple[float, torch.Ten
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double().cpu() - want.double().cpu()).norm() / want.double().norm())
+
+
+def fails(monkeypatch, owner, name: str, when) -> list[int]:
+    """Makes `owner.name` raise like a full card in those of its calls (counted from 1) for which `when` is true."""
+    original, calls = getattr(owner, name), [0]
+
+    def method(*args, **kwargs):
+        calls[0] += 1
+        if when(calls[0], *args):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, method)
+    return calls
+
+
+class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Of storages of at least `size` bytes that operators return, at addresses not in `known`: how many in all (`large`), and
+    the most that were alive at once (`most`)."""
+
+    def __init__(self, size: int, known: set[int] = frozenset()) -> None:
+        super().__init__()
+        self.size, self.known, self.large, self.most = size, known, 0, 0
+        self.alive: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                if storage.nbytes() >= self.size and storage.data_ptr() not in self.known:
+                    self.large += 1
+                    self._note(storage)
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.alive:
+            self.alive.add(storage._cdata)
+            weakref.finalize(storage, self.alive.discard, storage._cdata)
+        self.most = max(self.most, len(self.alive))

@@ -77,7 +77,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, size: in
         codes, seen = _round(w, order, upper, scales, zeros, g_idx, spec.bits)
         grouped = seen if spec.desc_act else seen[:, back]
     del upper, seen, grouped
-    codes = _revisit(w, _with_diagonal(hessian, diagonal), codes[:, back], scales, zeros, g_idx, spec.bits)
+    codes = _revisit(w, _with_diagonal(hessian.clone(), diagonal), codes[:, back], scales, zeros, g_idx, spec.bits)
     return codes.to(torch.uint8), scales, zeros, g_idx
 
 
@@ -138,7 +138,7 @@ def _factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     """
     if not hessian.isfinite().all():
         raise QuantError("the calibration inputs hold inf or nan; use other calibration text or a wider precision.")
-    diagonal = hessian.diagonal().float()
+    diagonal = hessian.diagonal()
     diagonal = torch.where(diagonal == 0, 1.0, diagonal) + DAMPING * diagonal.mean()  # 0: a column without input
     order = torch.argsort(diagonal, descending=True)
     upper, failed = torch.linalg.cholesky_ex(_with_diagonal(hessian[order[:, None], order], diagonal[order]))
@@ -151,8 +151,7 @@ def _factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def _with_diagonal(h: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
-    """A copy of H with another diagonal, fp32."""
-    h = h.float().clone()
+    """H, whose diagonal is replaced."""
     h.diagonal().copy_(diagonal)
     return h
 

@@ -1,7 +1,5 @@
 """GPTQ's format and its rounding: sizes as promised, products as the oracle's, errors that calibration really lowers."""
 
-import weakref
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from lowvram_tuner.quant import calibrate, optq
 from lowvram_tuner.quant.gptq import GPTQ
 from lowvram_tuner.quant.registry import quant_format
 from lowvram_tuner.quant.spec import QuantError, QuantSpec, Scratch
+from tests.engine_cases import Allocations
 
 BITS = (2, 3, 4, 8)
 
@@ -112,7 +111,7 @@ def test_uncorrelated_equal_inputs_leave_nothing_to_gain():
 def test_a_revisit_never_raises_the_error():
     w, h = weight(), hessian()
     order, upper, diagonal = optq._factor(h)
-    damped = optq._with_diagonal(h, diagonal)
+    damped = optq._with_diagonal(h.clone(), diagonal)
     scales, zeros = optq.search(w, torch.ones(96), spec(2), 96)
     codes = torch.randint(0, 4, w.shape).float()
     s, z = scales.expand_as(w), zeros.expand_as(w)
@@ -121,30 +120,11 @@ def test_a_revisit_never_raises_the_error():
     assert torch.equal(order.sort().values, torch.arange(96)) and (upper.tril(-1) == 0).all()
 
 
-class Alive(torch.utils._python_dispatch.TorchDispatchMode):
-    """The most storages of at least `size` bytes that were alive at once, of those that operators returned."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size, self.alive, self.most = size, set(), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() >= self.size:
-                storage = t.untyped_storage()
-                if storage._cdata not in self.alive:
-                    self.alive.add(storage._cdata)
-                    weakref.finalize(storage, self.alive.discard, storage._cdata)
-        self.most = max(self.most, len(self.alive))
-        return out
-
-
 @pytest.mark.parametrize("method, most", [("gptq", 3), ("quip", 5)])
 def test_few_matrices_of_the_hessians_size_are_alive(method, most):
     """Besides the Hessian itself: a 7B's down, where each takes 0.5 GB, is so rounded in 3 GB. quip's rotations take two without a card."""
     fmt, h = quant_format(QuantSpec(method, 2)), hessian(512)
-    with Alive(h.nbytes) as seen:
+    with Allocations(h.nbytes) as seen:
         calibrate._round(fmt, weight(64, 512), h, "down")
     assert seen.most <= most
 

@@ -10,6 +10,7 @@ from lowvram_tuner.quant import registry
 from lowvram_tuner.quant.linear import QuantLinear, quant_linear
 from lowvram_tuner.quant.registry import quant_format, register, resolve
 from lowvram_tuner.quant.spec import QuantError, QuantFormat, Scratch, TensorSpec
+from tests.engine_cases import Allocations
 
 IN, OUT, R = 128, 96, 4
 
@@ -78,23 +79,6 @@ def test_gradients_that_nobody_needs_are_not_computed():
     assert a.grad is not None and b.grad is None and Counting.calls == 0
 
 
-class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts storages of at least `size` bytes that operators return, and how many are alive at once."""
-
-    def __init__(self, size: int, known: set[int]) -> None:
-        super().__init__()
-        self.size, self.known, self.large = size, known, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
-                if storage.nbytes() >= self.size and storage.data_ptr() not in self.known:
-                    self.large += 1
-        return out
-
-
 def test_one_unpacked_weight_at_a_time():
     """A stack's forward and backward unpack into the one shared scratch: no operator returns another weight-sized tensor."""
 
@@ -124,7 +108,7 @@ def test_one_unpacked_weight_at_a_time():
         y.sum().backward()
     assert len(written) == 12 and set(written) == {scratch.buffer.data_ptr()}
     assert seen.large == 0
-    with Allocations(size * size * 4, set()) as seen:  # the counter does see a weight-sized tensor
+    with Allocations(size * size * 4) as seen:  # the counter does see a weight-sized tensor
         stack[0].dense()
     assert seen.large > 0
 

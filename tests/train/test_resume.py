@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,13 +34,8 @@ def one_thread(monkeypatch):
 
 
 @pytest.fixture
-def config(files, tmp_path):
-    model, data = files
-    return TrainConfig(
-        model=str(model), dataset=str(data), bits=4, micro_batch_size=2, gradient_accumulation_steps=2, max_seq_length=64,
-        lora_r=4, learning_rate=1e-2, warmup_steps=3, max_steps=STEPS, save_steps=5, eval_steps=5, precision="fp32",
-        packing=False, compare_prompts=("Hello?",), output_dir=str(tmp_path / "runs"),
-    )  # fmt: skip
+def config(tiny_run):
+    return replace(tiny_run, warmup_steps=3, max_steps=STEPS, save_steps=5, eval_steps=5)
 
 
 class StopAt(Reporter):

@@ -3,9 +3,8 @@
 import dataclasses
 
 import pytest
-import torch
 
-from lowvram_tuner.config import ConfigError, TrainConfig
+from lowvram_tuner.config import ConfigError
 from lowvram_tuner.hardware.card import Card
 from lowvram_tuner.train import guard as guarding
 from lowvram_tuner.train import session as sessions
@@ -16,19 +15,15 @@ from lowvram_tuner.train.guard import Guard
 from lowvram_tuner.train.run_dir import RunDir
 from lowvram_tuner.train.step import FusedStep
 from lowvram_tuner.train.worker import conduct
+from tests.engine_cases import fails
 
 GB = 10**9
 STEPS = 8
 
 
 @pytest.fixture
-def config(files, tmp_path):
-    model, data = files
-    return TrainConfig(
-        model=str(model), dataset=str(data), bits=4, micro_batch_size=4, gradient_accumulation_steps=2, max_seq_length=64,
-        lora_r=4, learning_rate=1e-2, warmup_steps=2, max_steps=STEPS, save_steps=4, eval_steps=4, precision="fp32",
-        packing=False, compare_prompts=("Hello?",), output_dir=str(tmp_path / "runs"),
-    )  # fmt: skip
+def config(tiny_run):
+    return dataclasses.replace(tiny_run, micro_batch_size=4, warmup_steps=2, max_steps=STEPS, save_steps=4, eval_steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +44,6 @@ def steps(folder):
 
 def notes(folder):
     return [e["text"] for e in folder.events(0)[0] if e["kind"] == "note"]
-
-
-def fails(monkeypatch, owner, name, when):
-    """Makes `owner.name` raise like a full card in those of its calls (counted from 1) for which `when` is true."""
-    original, calls = getattr(owner, name), [0]
-
-    def method(*args, **kwargs):
-        calls[0] += 1
-        if when(calls[0], *args):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, method)
-    return calls
 
 
 def expected(undisturbed, config):
