@@ -169,6 +169,7 @@ BROKEN = {
     "scales shape": (lambda t: t | {"scales": t["scales"][:, 1:]}, r"scales has the shape \[3, 63\]; \[any, 64\] is accepted"),
     "scales groups": (lambda t: t | {"scales": t["scales"][1:]}, "scales has 2 groups; 3 are accepted with group_size=32"),
     "scales type": (lambda t: t | {"scales": t["scales"].to(torch.int32)}, "scales is int32; float16 or bfloat16 or float32 is accepted"),
+    "scales not finite": (lambda t: t | {"scales": t["scales"] * torch.inf}, "scales holds inf or nan; finite numbers are accepted"),
     "qweight type": (lambda t: t | {"qweight": t["qweight"].float()}, "qweight is float32; int32 is accepted"),
     "qzeros shape": (lambda t: t | {"qzeros": t["qzeros"][:, 1:]}, r"qzeros has the shape \[3, 7\]; \[3, 8\] is accepted"),
 }
@@ -286,8 +287,15 @@ def test_bitsandbytes_4bit_state_is_the_one_it_writes_itself(tmp_path):
     [
         ("weight.absmax", lambda t: t[:-1], r"absmax has the shape \[95\]; \[96\] is accepted"),
         ("weight.quant_map", lambda t: t[:8], r"quant_map has the shape \[8\]; \[16\] is accepted"),
+        ("weight.nested_absmax", lambda t: t * torch.nan, "absmax holds inf or nan; finite numbers are accepted"),
+        ("weight.quant_map", lambda t: t / 0, "quant_map holds inf or nan; finite numbers are accepted"),
         ("weight", lambda t: t[:-1], "holds 3071 bytes; 3072 are accepted for 64x96"),
         ("weight.quant_state.bitsandbytes__nf4", lambda t: t[:-3], "is no quantization state"),
+        (
+            "weight.quant_state.bitsandbytes__nf4",
+            lambda t: _json(shape=[ROWS, COLS], nested_offset=float("nan")),
+            "has nested_offset=nan; a finite number is needed",
+        ),
         ("weight.quant_state.bitsandbytes__nf4", lambda t: _json(blocksize=128, shape=[ROWS, COLS]), "has blocksize=128; 64 is accepted"),
     ],
 )
@@ -307,8 +315,8 @@ def _json(**values):
 def test_8bit_of_another_memory_layout_is_refused(tmp_path):
     spec = QuantSpec("int8", 8)
     tensors = writer_for(spec).tensors(MODULE, QuantizedWeight(spec, ROWS, COLS, quant_format(spec).quantize(weight())))
-    tensors[f"{MODULE}.weight_format"] = torch.tensor(2, dtype=torch.uint8)
-    with pytest.raises(QuantError, match=r"weight_format is 2; 0 \(row-major\) is accepted"):
+    tensors[f"{MODULE}.weight_format"] = torch.tensor(2, dtype=torch.uint8)  # 0: row-major
+    with pytest.raises(QuantError, match="weight_format is 2; 0 is accepted"):
         open_checkpoint(folder(tmp_path, tensors, writer_for(spec).config([]))).load(MODULE)
 
 
@@ -341,7 +349,10 @@ def test_damaged_hqq_is_named(tmp_path):
         ("nbits", torch.tensor(5), "nbits is 5; 2, 3, 4, 8 are accepted"),
         ("packing", _json(), "packing is '{}'; '4bit_u8' is accepted"),
         ("W_q", whole[f"{MODULE}.W_q"][1:], "W_q holds 3040 words; 3072 are accepted for 192x32 codes of 4 bits"),
-        ("zero", whole[f"{MODULE}.zero"].float(), "zero is torch.float32"),
+        ("zero", whole[f"{MODULE}.zero"].float(), "zero is float32; float16 is accepted"),
+        ("zero", whole[f"{MODULE}.zero"][1:], "zero has 191 groups; 192 are accepted, as "),
+        ("zero", whole[f"{MODULE}.zero"] * torch.nan, "zero holds inf or nan; finite numbers are accepted"),
+        ("scale", whole[f"{MODULE}.scale"] / 0, "scale holds inf or nan; finite numbers are accepted"),
     ):
         with pytest.raises(QuantError) as caught:
             open_checkpoint(folder(tmp_path, whole | {f"{MODULE}.{name}": value}, writer_for(spec).config([]))).load(MODULE)

@@ -168,6 +168,7 @@ def test_an_unquantized_module_is_told_apart(tmp_path):
         ({"lora_rank": 64}, "lora_rank=64"),
         ({"codesz": 4}, "codesz=4"),
         ({"resid_scale_override": "x"}, "resid_scale_override='x'"),
+        ({"resid_scale_override": float("inf")}, "resid_scale_override=inf cannot be read; a finite number is accepted"),
     ],
     ids=str,
 )
@@ -194,7 +195,7 @@ def broken_su(t):
         (lambda t: t.update({f"{MODULE}.Qidxs": torch.zeros(128, 6, dtype=torch.int32)}), "Qidxs is int32; int64"),
         (lambda t: t.update({f"{MODULE}.codebook_id": torch.tensor(17)}), "codebook_id is 17; 7 is accepted"),
         (broken_su, "SU holds inf or nan"),
-        (lambda t: t.update({f"{MODULE}.Wscale": torch.tensor(float("nan"))}), "Wscale is nan; one finite number"),
+        (lambda t: t.update({f"{MODULE}.Wscale": torch.tensor(float("nan"))}), "Wscale holds inf or nan"),
     ],
     ids=["missing", "shape", "dtype", "codebook", "inf", "scale"],
 )
@@ -203,6 +204,12 @@ def test_broken_tensors_are_named(tmp_path, damage, words):
     damage(tensors)
     with pytest.raises(QuantError, match=words):
         open_checkpoint(save(tmp_path / "m", tensors)).load(MODULE)
+
+
+def test_a_rescaling_by_zero_is_refused(tmp_path):
+    tensors = stored(MODULE, 128, 192) | {f"{MODULE}.scaleWH": torch.arange(192.0)}
+    with pytest.raises(QuantError, match=r"scaleWH holds 0, by which"):
+        open_checkpoint(save(tmp_path / "m", tensors, rescale_WH=True)).load(MODULE)
 
 
 def test_fused_sizes_must_fit_the_model(tmp_path):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK, NESTED = 64, 256
+ROW_MAJOR = 0
 STATE = "quant_state.bitsandbytes__"
 STORED = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")  # a 4-bit weight may be stored viewed as these
 
@@ -45,10 +46,9 @@ class BitsandbytesReader(Reader):
 
     def _load_8bit(self, module: str) -> QuantizedWeight:
         weight = self.files.checked(f"{module}.weight", ("int8",), (None, None))
-        name = f"{module}.weight_format"
-        if name in self.files and int(self.files.get(name)) != 0:
-            self.files.refuse(name, f"is {int(self.files.get(name))}", "0 (row-major) is accepted")
-        scb = self.files.checked(f"{module}.SCB", ("float32",), (weight.shape[0],))
+        if f"{module}.weight_format" in self.files:
+            self.files.number(f"{module}.weight_format", (ROW_MAJOR,))
+        scb = self.files.finite(f"{module}.SCB", ("float32",), (weight.shape[0],))
         return QuantizedWeight(QuantSpec(method="int8", bits=8), *weight.shape, {"qweight": weight, "SCB": scb})
 
     def _load_4bit(self, module: str) -> QuantizedWeight:
@@ -64,15 +64,16 @@ class BitsandbytesReader(Reader):
         double = f"{key}.nested_absmax" in self.files
         packed = {
             "weight": stored,
-            "quant_map": self.files.checked(f"{key}.quant_map", ("float32",), (16,)),
-            "absmax": self.files.checked(f"{key}.absmax", ("uint8",) if double else ("float32",), (blocks,)),
+            "quant_map": self.files.finite(f"{key}.quant_map", ("float32",), (16,)),
+            "absmax": self.files.finite(f"{key}.absmax", ("uint8",) if double else ("float32",), (blocks,)),
         }
         if double:
-            if "nested_offset" not in state:
-                self.files.refuse(self._state_name(key), "has no nested_offset", "one is needed beside nested_absmax")
-            packed["nested_absmax"] = self.files.checked(f"{key}.nested_absmax", ("float32",), (math.ceil(blocks / NESTED),))
-            packed["nested_quant_map"] = self.files.checked(f"{key}.nested_quant_map", ("float32",), (256,))
-            packed["nested_offset"] = torch.tensor([state["nested_offset"]], dtype=torch.float32)
+            offset = state.get("nested_offset")
+            if not isinstance(offset, int | float) or not math.isfinite(offset):
+                self.files.refuse(self._state_name(key), f"has nested_offset={offset!r}", "a finite number is needed beside nested_absmax")
+            packed["nested_absmax"] = self.files.finite(f"{key}.nested_absmax", ("float32",), (math.ceil(blocks / NESTED),))
+            packed["nested_quant_map"] = self.files.finite(f"{key}.nested_quant_map", ("float32",), (256,))
+            packed["nested_offset"] = torch.tensor([offset], dtype=torch.float32)
         return QuantizedWeight(QuantSpec(method="nf4", bits=4, double_quant=double), rows, cols, packed)
 
     def _state_name(self, key: str) -> str:

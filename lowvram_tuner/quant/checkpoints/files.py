@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+FLOATS = ("float16", "bfloat16", "float32")
 SHARD_BYTES = 2 * 10**9
 
 
@@ -50,16 +51,30 @@ class TensorFiles:
         except (SafetensorError, OSError, RuntimeError) as error:
             raise QuantError(f"{self.where[name]}: tensor {name} cannot be read ({error}); download the file again.") from None
 
-    def checked(self, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]) -> torch.Tensor:
-        """The tensor, or QuantError unless it has one of the dtypes and the shape (None: any size)."""
+    def checked(self, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...] | None) -> torch.Tensor:
+        """The tensor, or QuantError unless it has one of the dtypes and the shape (None: any size; any shape)."""
         tensor = self.get(name)
         seen = str(tensor.dtype).removeprefix("torch.")
         if seen not in dtypes:
             self.refuse(name, f"is {seen}", f"{' or '.join(dtypes)} is accepted")
-        if len(tensor.shape) != len(shape) or any(want not in (None, have) for want, have in zip(shape, tensor.shape)):
+        if shape is not None and (len(tensor.shape) != len(shape) or any(want not in (None, have) for want, have in zip(shape, tensor.shape))):
             wanted = ", ".join("any" if want is None else str(want) for want in shape)
             self.refuse(name, f"has the shape {list(tensor.shape)}", f"[{wanted}] is accepted")
         return tensor
+
+    def finite(self, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...] | None) -> torch.Tensor:
+        """`checked`, and QuantError for inf or nan, of which one in a scale would make every answer of the model nan."""
+        tensor = self.checked(name, dtypes, shape)
+        if not bool(tensor.isfinite().all()):
+            self.refuse(name, "holds inf or nan", "finite numbers are accepted")
+        return tensor
+
+    def number(self, name: str, accepted: tuple[int, ...]) -> int:
+        """A tensor of one whole number, or QuantError unless it is one of `accepted`."""
+        seen = self.get(name)
+        if seen.numel() != 1 or float(seen) not in accepted:
+            self.refuse(name, f"is {seen.tolist()}", f"{', '.join(map(str, accepted))} {'is' if len(accepted) == 1 else 'are'} accepted")
+        return int(seen)
 
     def refuse(self, name: str, seen: str, accepted: str) -> None:
         """Raises the QuantError about one tensor."""

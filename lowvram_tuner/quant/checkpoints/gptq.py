@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lowvram_tuner.quant.checkpoint import QuantizedWeight, Reader, Writer
+from lowvram_tuner.quant.checkpoints.files import FLOATS
 from lowvram_tuner.quant.spec import QuantError, QuantSpec
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 BITS = (2, 3, 4, 8)
 LAYOUTS = ("gptq", "gptq_v2", "gptq_p")
-SCALES = ("float16", "bfloat16", "float32")
 
 
 class GPTQReader(Reader):
@@ -58,7 +58,7 @@ class GPTQReader(Reader):
         if groups != expected:
             self.files.refuse(f"{module}.scales", f"has {groups} groups", f"{expected} are accepted with group_size={spec.group_size}")
         g_idx = self._g_idx(module, spec, cols, size, groups)
-        scales = self.files.checked(f"{module}.scales", SCALES, (groups, rows))
+        scales = self.files.finite(f"{module}.scales", FLOATS, (groups, rows))
         zeros = self._zeros(module, spec.bits, groups, rows)
         spec = replace(
             spec, desc_act=g_idx is not None, sym=bool((zeros == 1 << spec.bits - 1).all()),
@@ -82,7 +82,7 @@ class GPTQReader(Reader):
         """(codes uint8 [in, out], groups)."""
         name = f"{module}.qweight"
         stored = self.files.checked(name, ("int32",), (None, None))
-        groups = self.files.checked(f"{module}.scales", SCALES, (None, stored.shape[1])).shape[0]
+        groups = self.files.checked(f"{module}.scales", FLOATS, (None, stored.shape[1])).shape[0]
         if f"{module}.g_idx" in self.files:
             cols = len(self.files.checked(f"{module}.g_idx", ("int32", "int64"), (None,)))
         else:

@@ -13,13 +13,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lowvram_tuner.quant.checkpoint import QuantizedWeight, Reader, Writer
+from lowvram_tuner.quant.checkpoints.files import FLOATS
 from lowvram_tuner.quant.spec import QuantError, QuantSpec
 
 if TYPE_CHECKING:
     import torch
 
 PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8"}
-FLOATS = ("float16", "bfloat16", "float32")
 
 
 class HQQReader(Reader):
@@ -43,17 +43,17 @@ class HQQReader(Reader):
     def load(self, module: str) -> QuantizedWeight:
         from kernels import packing
 
-        bits = self._number(module, "nbits", (2, 3, 4, 8))
-        axis = self._number(module, "axis", (0, 1))
+        bits = self.files.number(f"{module}.nbits", tuple(sorted(PACKING)))
+        axis = self.files.number(f"{module}.axis", (0, 1))
         rows, cols = (int(n) for n in self.files.checked(f"{module}.shape", ("int64", "int32"), (2,)))
         self._text(module, "packing", PACKING[bits])
         if f"{module}.scale_q" in self.files or f"{module}.zero_q" in self.files:
             self.files.refuse(f"{module}.scale_q", "is quantized", "scale and zero of a float type are accepted")
-        scale = self.files.get(f"{module}.scale").reshape(-1)
-        zero = self.files.get(f"{module}.zero").reshape(-1)
+        scale = self.files.finite(f"{module}.scale", FLOATS, None).reshape(-1)
         dtype = str(scale.dtype).removeprefix("torch.")
-        if dtype not in FLOATS or zero.dtype != scale.dtype or len(zero) != len(scale):
-            self.files.refuse(f"{module}.zero", f"is {zero.dtype} {list(zero.shape)}", f"{' or '.join(FLOATS)} like {module}.scale is accepted")
+        zero = self.files.finite(f"{module}.zero", (dtype,), None).reshape(-1)
+        if len(zero) != len(scale):
+            self.files.refuse(f"{module}.zero", f"has {len(zero)} groups", f"{len(scale)} are accepted, as {module}.scale has")
         if rows * cols % len(scale):
             self.files.refuse(f"{module}.scale", f"has {len(scale)} groups", f"a divisor of {rows}x{cols} is accepted")
         size = rows * cols // len(scale)
@@ -73,13 +73,6 @@ class HQQReader(Reader):
         if stored.numel() != height * cols:
             self.files.refuse(name, f"holds {stored.numel()} words", f"{height * cols} are accepted for {rows}x{cols} codes of {bits} bits")
         return stored.reshape(height, cols)
-
-    def _number(self, module: str, field: str, accepted: tuple[int, ...]) -> int:
-        name = f"{module}.{field}"
-        seen = self.files.get(name)
-        if seen.numel() != 1 or float(seen) not in accepted:
-            self.files.refuse(name, f"is {seen.tolist()}", f"{', '.join(map(str, accepted))} are accepted")
-        return int(seen)
 
     def _text(self, module: str, field: str, accepted: str) -> None:
         name = f"{module}.{field}"

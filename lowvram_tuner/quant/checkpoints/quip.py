@@ -9,10 +9,11 @@ as parts of the whole (`quip.Quip`). What is written here is not fused.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowvram_tuner.quant.checkpoint import QuantizedWeight, Reader, Writer
-from lowvram_tuner.quant.checkpoints.files import read_json
+from lowvram_tuner.quant.checkpoints.files import FLOATS, read_json
 from lowvram_tuner.quant.spec import QuantError, QuantSpec
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ CODEBOOKS = {
     "E8P12RVQ3B": _Codebook(3, 18, 3, (1, 0)),  # QuIP# never numbered this one, and its checkpoints say 0
 }
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "upgate_proj": ("up_proj", "gate_proj")}
-FLOATS = ("float16", "bfloat16", "float32")
 
 
 class QuipReader(Reader):
@@ -46,8 +46,8 @@ class QuipReader(Reader):
         self.value("lora_rank", (0,), 0)
         self.rescaled = self.value("rescale_WH", (False, True), False)
         override = self.config.get("resid_scale_override", -1)
-        if isinstance(override, bool) or not isinstance(override, int | float):
-            raise QuantError(f"{self.config_path}: resid_scale_override={override!r} cannot be read; a number is accepted.")
+        if isinstance(override, bool) or not isinstance(override, int | float) or not math.isfinite(override):
+            raise QuantError(f"{self.config_path}: resid_scale_override={override!r} cannot be read; a finite number is accepted.")
         self._unpacked: tuple[str, dict[str, torch.Tensor]] = ("", {})
         scale = float(override) if override > 0 and self.codebook.bits > 2 else 0.0
         return QuantSpec(method="quip", bits=self.codebook.bits, residual_scale=scale)
@@ -66,7 +66,10 @@ class QuipReader(Reader):
         stored, member = self._stored_name(module)
         su = self._vector(f"{stored}.SU", None) * self._scalar(f"{stored}.Wscale", 1.0)
         if self.rescaled:
-            su /= self._vector(f"{stored}.scaleWH", len(su))
+            scale = self._vector(f"{stored}.scaleWH", len(su))
+            if not bool(scale.all()):
+                self.files.refuse(f"{stored}.scaleWH", "holds 0, by which nothing can be divided", "other numbers are accepted")
+            su /= scale
         sv = self._vector(f"{stored}.SV", None)
         packed = self._codes(stored, len(sv), len(su))
         if member is None:
@@ -90,7 +93,7 @@ class QuipReader(Reader):
         if sum(sizes) != rows:
             self.files.refuse(f"{stored}.SV", f"has {rows} rows", f"{' + '.join(map(str, sizes))} are accepted by config.json")
         name = f"{stored}.fuse_scales"
-        scales = self.files.checked(name, FLOATS, (len(sizes),)).float() if name in self.files else None
+        scales = self._vector(name, len(sizes)) if name in self.files else None
         return sum(sizes[:member]), sizes[member], 1.0 if scales is None else float(scales[member])
 
     def _sizes(self, stored: str) -> list[int]:
@@ -112,7 +115,8 @@ class QuipReader(Reader):
         if self._unpacked[0] == stored:
             return self._unpacked[1]
         check_shape(rows, columns)
-        self._number(f"{stored}.codebook_id")
+        if f"{stored}.codebook_id" in self.files:
+            self.files.number(f"{stored}.codebook_id", (self.codebook.number,))
         qidxs = self.files.checked(f"{stored}.Qidxs", ("int64",), (rows, columns // 64 * self.codebook.words))
         codes, rest = qidxs[:, : columns // 32], qidxs[:, columns // 32 :]
         packed = {"codes": e8p.unpack(codes)}
@@ -121,23 +125,16 @@ class QuipReader(Reader):
         self._unpacked = (stored, packed)
         return packed
 
-    def _number(self, name: str) -> None:
-        if name in self.files and int(self.files.get(name)) != self.codebook.number:
-            self.files.refuse(name, f"is {int(self.files.get(name))}", f"{self.codebook.number} is accepted for this codebook")
-
     def _vector(self, name: str, size: int | None) -> torch.Tensor:
-        """A float tensor [size] in fp32 without inf or nan."""
-        vector = self.files.checked(name, FLOATS, (size,)).float()
-        if not bool(vector.isfinite().all()):
-            self.files.refuse(name, "holds inf or nan", "finite numbers are accepted")
-        return vector
+        """A tensor of floats [size] in fp32."""
+        return self.files.finite(name, FLOATS, (size,)).float()
 
     def _scalar(self, name: str, default: float) -> float:
         if name not in self.files:
             return default
-        tensor = self.files.get(name)
-        if tensor.numel() != 1 or not bool(tensor.isfinite().all()):
-            self.files.refuse(name, f"is {tensor.tolist()}", "one finite number is accepted")
+        tensor = self.files.finite(name, FLOATS, None)
+        if tensor.numel() != 1:
+            self.files.refuse(name, f"is {tensor.tolist()}", "one number is accepted")
         return float(tensor)
 
 
