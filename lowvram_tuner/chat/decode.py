@@ -22,6 +22,7 @@ from kernels.gather import gather_rows
 from lowvram_tuner.chat.cache import ROOM, Cache
 from lowvram_tuner.chat.layers import Attend, Layer, Place, normed
 from lowvram_tuner.chat.sampling import Sampling
+from lowvram_tuner.config import ConfigError
 from lowvram_tuner.lora.adapter import LoraQuantLinear
 from lowvram_tuner.memory.allocator import abandon_capture, recording
 from lowvram_tuner.quant.linear import QuantLinear
@@ -83,9 +84,15 @@ class Decoder:
 
     @torch.no_grad()
     def generate(self, prompt: list[int], most: int, sampling: Sampling, ends: list[int], stop: threading.Event) -> Iterator[int]:
-        """Yields up to `most` token ids after `prompt`; an ending one is not yielded, nor any after `stop` was set."""
+        """Yields up to `most` token ids after `prompt`; an ending one is not yielded, nor any after `stop` was set.
+
+        ConfigError where the logits are inf or nan, of which every token is as likely as another.
+        """
         adapted, ahead = self.adapted, self.device.type == "cuda"
         logits = self._read(prompt, adapted)
+        if not bool(logits.isfinite().all()):
+            why = "fp16, which this card takes, is too narrow for it; try --device cpu" if self.dtype == torch.float16 else "get the adapter again"
+            raise ConfigError(f"what the model computes for this question is inf or nan: {why}.")
         for count in range(1, most + 1):
             self._token.copy_(next_token(logits, sampling))
             arrival = _Arrival(self._token)

@@ -29,7 +29,7 @@ from lowvram_tuner.models.catalogue import ModelShape
 from lowvram_tuner.models.hub import find_shape
 from lowvram_tuner.models.kept import as_stored
 from lowvram_tuner.models.source import Source, load_config, locate
-from lowvram_tuner.models.weights import Weights, open_weights
+from lowvram_tuner.models.weights import Weights, open_weights, require_finite
 from lowvram_tuner.quant.checkpoint import Reader, open_checkpoint
 from lowvram_tuner.quant.linear import QuantLinear
 from lowvram_tuner.quant.registry import quant_format, resolve
@@ -169,7 +169,8 @@ def _fill_layer(
                 few = weights is None and held[name] is formats[name]
                 rows = min(shape[0], RANDOM_ROWS) if few else shape[0]
                 weight = _read(weights, f"{prefix}.{name}.weight", (rows, shape[1]), device)
-                packed = formats[name].quantize(weight.to(device=device, dtype=_source_dtype(weight, dtype)))
+                weight = require_finite(f"{prefix}.{name}.weight", weight.to(device=device, dtype=_source_dtype(weight, dtype)))
+                packed = formats[name].quantize(weight)
                 if rows < shape[0]:
                     packed = {k: _repeated(packed[k], torch.empty_like(view)) for k, view in slab.views[name].items()}
             if held[name] is not formats[name]:
@@ -204,6 +205,10 @@ def _read(weights: Weights | None, name: str, shape: tuple[int, ...], device: to
     return tensor
 
 
+def _read_finite(weights: Weights | None, name: str, *where: Any) -> torch.Tensor:
+    return require_finite(name, _read(weights, name, *where))
+
+
 def _store(packed: dict[str, torch.Tensor], views: dict[str, torch.Tensor]) -> None:
     for name, view in views.items():
         view.copy_(packed[name].view(view.shape) if packed[name].shape != view.shape else packed[name])
@@ -221,7 +226,7 @@ def _repeated(some: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 def _replace_linear(layer, name, linear, fmt, slab, scratch, weights, prefix) -> None:
     bias = None
     if linear.bias is not None:
-        bias = _read(weights, f"{prefix}.{name}.bias", (linear.out_features,)).to(scratch.buffer.device, linear.bias.dtype)
+        bias = _read_finite(weights, f"{prefix}.{name}.bias", (linear.out_features,)).to(scratch.buffer.device, linear.bias.dtype)
     quantized = QuantLinear(linear.in_features, linear.out_features, fmt, bias)
     quantized.bind(slab.views[name], scratch)
     parent, _, leaf = name.rpartition(".")
@@ -264,7 +269,7 @@ def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
     shape = (embedding.num_embeddings, embedding.embedding_dim)
     tied = model.config.tie_word_embeddings or (weights is not None and "lm_head.weight" not in weights.names())
     on_host = plan.embeddings_on_host and not tied and device.type == "cuda"
-    table = _read(weights, "model.embed_tokens.weight", shape, "cpu" if on_host else device).to(dtype)
+    table = _read_finite(weights, "model.embed_tokens.weight", shape, "cpu" if on_host else device).to(dtype)
     if on_host:
         HostEmbedding.take(embedding, table.pin_memory())
     else:
@@ -274,7 +279,7 @@ def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
         return
     fmt = _format(resolve(plan.head_bits), dtype)
     slab = make_slab({"lm_head": fmt.layout(*shape)}, device)
-    fmt.quantize_into(_read(weights, "lm_head.weight", shape).to(dtype), slab.views["lm_head"])
+    fmt.quantize_into(_read_finite(weights, "lm_head.weight", shape).to(dtype), slab.views["lm_head"])
     loaded.head = QuantLinear(shape[1], shape[0], fmt)
     loaded.head.bind(slab.views["lm_head"], loaded.scratch)
     model.lm_head = loaded.head
@@ -284,7 +289,7 @@ def _load_small(model: nn.Module, weights: Weights | None, device: torch.device,
     """Everything still on the meta device: norms from the files, rotary tables from the config."""
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type == "meta":
-            value = torch.ones(parameter.shape) if weights is None else _read(weights, name, tuple(parameter.shape))
+            value = torch.ones(parameter.shape) if weights is None else _read_finite(weights, name, tuple(parameter.shape))
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False))
     for name, module in list(model.named_modules()):

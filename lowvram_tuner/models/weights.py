@@ -32,6 +32,14 @@ class Weights(ABC):
         """One tensor on the CPU, in its stored dtype (GGUF: fp32). Raises ConfigError when it is missing or unreadable."""
 
 
+def require_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or ConfigError when it holds inf or nan: one of them can make every answer nan. Two passes over it and no copy."""
+    if not all(bool(t.isfinite()) for t in (tensor.amax(), tensor.amin())):  # nan is the largest and the smallest
+        bad = int((~tensor.isfinite()).sum())
+        raise ConfigError(f"tensor {name!r} is inf or nan in {bad} of its {tensor.numel()} values; get the model again.")
+    return tensor
+
+
 def open_weights(source: Source, model: nn.Module) -> Weights:
     """The weights of a source. `model` (on the meta device) gives transformers' names for a GGUF's tensors."""
     return GgufWeights(source, model) if source.gguf else SafetensorsWeights(source.folder)

@@ -46,7 +46,8 @@ def _some(examples: Sequence) -> list:
 def perplexity(config: TrainConfig, adapter: str | None, text: Path) -> dict[str, float]:
     """exp(mean loss) of a text in windows of `max_seq_length` tokens, each read without the ones before.
 
-    Returns {perplexity, tokens}. Raises ConfigError for a text that is missing or shorter than two tokens.
+    Returns {perplexity, tokens}. Raises ConfigError for a text that is missing or shorter than two tokens, and for a
+    model whose loss is inf or nan.
     """
     from lowvram_tuner.models.source import load_tokenizer
     from lowvram_tuner.train.session import open_for_reading
@@ -69,4 +70,6 @@ def perplexity(config: TrainConfig, adapter: str | None, text: Path) -> dict[str
         flat = SimpleNamespace(input_ids=window, labels=labels, position_ids=np.arange(len(window)), cu_seqlens=edges, tokens=len(window))
         total += float(step.evaluate(to_batch(flat, device, config.max_seq_length)).sum())
         tokens += len(window) - 1
+    if not math.isfinite(total):
+        raise ConfigError(f"model={config.model!r} gives no number for a loss on this text: a weight of it or of its adapter is inf or nan.")
     return {"perplexity": math.exp(min(total / tokens, 700)), "tokens": tokens}

@@ -35,6 +35,7 @@ from lowvram_tuner.train.session import Session, build_to_fit, free_memory, less
 from lowvram_tuner.train.step import Batch, to_batch, to_batches
 
 T = TypeVar("T")
+LOST_STEPS = 5  # in a row without a number for a loss: an update that is no number is left out, so nothing will change any more
 
 
 def run_training(config: TrainConfig, run: RunDir, reporter: Reporter, resume: bool = False) -> dict[str, Any]:
@@ -71,6 +72,7 @@ class _Run:
         self.held_out_tokens = target_counts(prepared.held_out)
         self.questions = Questions(prepared.prompts, tokenizer)
         self.answers: dict[int, list[dict[str, str]]] = {}  # by step
+        self.lost = 0  # steps in a row whose loss is no number
         self.released = -1  # the step at which graphs gave their memory back
         self.saved: int | None = None  # the step whose state the newest checkpoint holds
         self.kept = 0  # the step whose adapter the run keeps
@@ -118,6 +120,7 @@ class _Run:
             self.loss = float(total) / targets
             session = self.session
             self._stepped(group, targets, float(norm), time.perf_counter() - begin)
+            self._require_a_number()
             ended = self._checks()
             group = following if self.session is session else None  # a new plan may cut the passes differently
             if ended:
@@ -175,6 +178,31 @@ class _Run:
         )  # fmt: skip
         self._watch(seconds, tokens, now)
 
+    def _require_a_number(self) -> None:
+        """Ends a run whose loss stays inf or nan. What was learned before is kept where a held-out check tells which it was."""
+        p = self.progress
+        self.lost = 0 if math.isfinite(self.loss) else self.lost + 1
+        if self.lost < LOST_STEPS:
+            return
+        if self.lost == p.step:
+            self._refuse_base()
+        kept = ""
+        if checkpoints.best(self.run.checkpoints):
+            self._evaluate()  # by which the adapter of now loses
+            self._save_adapter()
+            kept = f" The adapter of step {self.kept}, the best until then, is kept."
+        raise ConfigError(
+            f"learning_rate={self.config.learning_rate:g} is too high for this model and data: the loss has been no number since "
+            f"step {p.step - self.lost + 1}.{kept}"
+        )
+
+    def _refuse_base(self) -> None:
+        narrow = self.session.adapter.parameters.dtype == torch.float16
+        raise ConfigError(
+            f"model={self.config.model!r} gives no number for a loss before any training: one of its weights is inf or nan"
+            + (", or fp16 is too narrow for it; try precision='fp32', or get the model again." if narrow else "; get the model again.")
+        )
+
     def _checks(self) -> bool:
         """Held-out check, checkpoint and answers when they are due. Returns True when patience has run out."""
         p = self.progress
@@ -196,6 +224,8 @@ class _Run:
         held_out, device = self.prepared.held_out, self.session.device
         losses = self._surviving(lambda: held_out_losses(_inner(self.session.step), held_out, self.pass_config, device))
         best = p.checked(losses, self.held_out_tokens)
+        if not p.step and not math.isfinite(p.history[-1][1]):
+            self._refuse_base()
         self.saved = None  # the newest checkpoint does not know of this check
         self.reporter.evaluated(p.step, p.history[-1][1])
         return best

@@ -14,6 +14,7 @@ from lowvram_tuner.chat.cache import bucket, cache_bytes
 from lowvram_tuner.chat.decode import Decoder, decoder_for, next_token
 from lowvram_tuner.chat.sampling import Sampling
 from lowvram_tuner.chat.session import ChatSession, generate_ids
+from lowvram_tuner.config import ConfigError
 from tests.engine_cases import VOCABULARY, make_case, make_plan, model_values
 from tests.tiny_model import byte_tokenizer
 
@@ -131,6 +132,16 @@ def test_what_the_cache_holds_is_not_read_again(monkeypatch):
     read.clear()
     collect(decoder, prompt[:, 5:], 1)
     assert read == [25]
+
+
+def test_an_answer_that_is_no_number_is_refused():
+    model, prompt = case()
+    decoder = decoder_for(model)
+    next(p for n, p in model.named_parameters() if "lora_A" in n).data.fill_(torch.inf)
+    with pytest.raises(ConfigError, match="is inf or nan: get the adapter again"):
+        collect(decoder, prompt)
+    with model.disable_adapter():
+        assert len(collect(decoder, prompt)) == 24
 
 
 def test_ends_and_stop():

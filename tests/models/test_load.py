@@ -142,9 +142,9 @@ def broken(good, tmp_path):
     return folder, rewrite
 
 
-def refused(folder, *words):
+def refused(folder, *words, bits=16):
     with pytest.raises(ConfigError) as error:
-        load(folder)
+        load(folder, bits)
     message = str(error.value)
     assert all(w in message for w in words), message
     assert "\n" not in message
@@ -155,6 +155,15 @@ def test_a_tensor_of_another_shape(broken):
     name = "model.layers.1.mlp.up_proj.weight"
     rewrite(lambda t: t.update({name: torch.zeros(100, 64)}))
     refused(folder, name, "(100, 64)", "(128, 64)")
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_tensor_that_is_not_finite(broken, name, value, bits):
+    folder, rewrite = broken
+    rewrite(lambda t: t[name].view(-1)[5:7].fill_(value))
+    refused(folder, f"tensor '{name}' is inf or nan in 2 of its", "get the model again", bits=bits)
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])

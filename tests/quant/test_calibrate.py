@@ -1,10 +1,13 @@
 """Quantizing a whole model: an ordinary checkpoint comes out, better than rounding to nearest; a killed run goes on."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from lowvram_tuner.config import ConfigError
 from lowvram_tuner.quant import calibrate
 from lowvram_tuner.quant.checkpoint import open_checkpoint
 from lowvram_tuner.quant.gptq import GPTQ
@@ -193,6 +196,18 @@ def test_one_group_size_that_divides_every_input(tiny):
     assert calibrate.fitting(QuantSpec("nf4", 4, 128), model).group_size == 128
     with pytest.raises(QuantError, match="group_size=24 does not divide in_features=64"):
         calibrate.fitting(QuantSpec("gptq", 4, 24), model)
+
+
+@pytest.mark.parametrize("spec", [GPTQ3, QuantSpec("nf4", 4), QuantSpec("int8", 8)], ids=lambda s: s.method)
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"])
+def test_a_model_that_is_not_finite_is_not_written(tiny, tmp_path, spec, name):
+    folder = shutil.copytree(tiny[0], tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"tensor '{name}' is inf or nan in 1 of its"):
+        quantize((folder, tiny[1]), tmp_path / "out", spec)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_done_is_said(tiny, quantized, tmp_path):

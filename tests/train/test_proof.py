@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lowvram_tuner import cli
-from lowvram_tuner.config import TrainConfig
+from lowvram_tuner.config import ConfigError, TrainConfig
 from lowvram_tuner.train import checkpoints as ck
 from lowvram_tuner.train import loop
 from lowvram_tuner.train.answers import Questions
+from lowvram_tuner.train.evaluate import perplexity
 from lowvram_tuner.train.events import Reporter
-from lowvram_tuner.train.run_dir import RunDir
+from lowvram_tuner.train.optimizer import Optimizer
+from lowvram_tuner.train.run_dir import RunDir, list_runs
+from lowvram_tuner.train.step import FusedStep
 from lowvram_tuner.train.worker import conduct
 
 
@@ -114,6 +119,60 @@ def test_the_run_stops_early_when_nothing_improves(config, monkeypatch):
     run = trained(config, [3.0, 2.0, 2.0, 2.0001, 1.0], monkeypatch)
     assert run.state()["step"] == 12 and run.state()["status"] == "finished"
     assert any("Stopped at step 12: no improvement in 2 checks." in e["text"] for e in events(run, "note"))
+
+
+def poison(monkeypatch, steps):
+    """Has the updates of those steps leave nothing of the adapter."""
+    real = Optimizer.step
+
+    def step(self, rate):
+        norm = real(self, rate)
+        if self.steps in steps:
+            self.adapter.parameters.fill_(torch.inf)
+        return norm
+
+    monkeypatch.setattr(Optimizer, "step", step)
+
+
+def test_a_loss_that_is_no_number_any_more_ends_the_run_and_keeps_the_best_adapter(config, monkeypatch):
+    poison(monkeypatch, [5])
+    with pytest.raises(ConfigError, match=r"learning_rate=0.01 is too high .* since step 6\. The adapter of step 4, .*, is kept\.$"):
+        trained(replace(config, max_steps=100, save_steps=100))
+    run = list_runs(config.output_dir)[0]
+    assert run.state()["status"] == "failed" and run.state()["step"] == 10 and "is too high" in run.state()["message"]
+    kept = load_file(run.adapter / "adapter_model.safetensors")
+    assert all(torch.equal(kept[k], v) and v.isfinite().all() for k, v in adapter_of(4, run).items())
+
+
+def test_nothing_is_kept_of_a_run_that_never_learned(config, monkeypatch):
+    poison(monkeypatch, [1])
+    with pytest.raises(ConfigError, match=r"no number since step 2\.$"):
+        trained(replace(config, max_steps=100, save_steps=100, eval_steps=100))
+    assert not list_runs(config.output_dir)[0].adapter.exists()
+
+
+def test_one_loss_that_is_no_number_ends_nothing(config, monkeypatch):
+    real, calls = FusedStep.accumulate, []
+
+    def accumulate(self, *args):
+        calls.append(1)
+        return real(self, *args) * (torch.nan if len(calls) == 6 else 1.0)
+
+    monkeypatch.setattr(FusedStep, "accumulate", accumulate)
+    assert trained(config).state()["status"] == "finished"
+
+
+@pytest.mark.parametrize("held_out", [0.1, 0.0])
+def test_a_base_without_a_loss_is_refused(config, tmp_path, held_out):
+    folder = shutil.copytree(config.model, tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(3e38)  # finite, but nothing after it is
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"damaged' gives no number for a loss before any training: .*; get the model again"):
+        trained(replace(config, model=str(folder), held_out=held_out))
+    (tmp_path / "text.txt").write_text("Hello, what is this?")
+    with pytest.raises(ConfigError, match="damaged' gives no number for a loss on this text"):
+        perplexity(replace(config, model=str(folder)), None, tmp_path / "text.txt")
 
 
 def test_no_memory_for_the_answers_costs_only_the_answers(config, monkeypatch):

@@ -83,6 +83,8 @@ def write_checkpoint(
 
 def _tensors(partial: Partial, model: nn.Module, weights: Weights, writer: Writer) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the checkpoint by name, quantized layers first, then what stays in 16 bit."""
+    from lowvram_tuner.models.weights import require_finite
+
     written = set()
     for index, layer in enumerate(model.model.layers):
         packed, _ = partial.load(index)
@@ -91,7 +93,7 @@ def _tensors(partial: Partial, model: nn.Module, weights: Weights, writer: Write
             yield from writer.tensors(module, QuantizedWeight(writer.spec, linear.out_features, linear.in_features, tensors)).items()
             written.add(f"{module}.weight")
     for name in sorted(weights.names() - written):
-        tensor = weights.read(name)
+        tensor = require_finite(name, weights.read(name))
         yield name, tensor.to(_stored_dtype(tensor))
 
 
