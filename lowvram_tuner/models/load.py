@@ -168,9 +168,7 @@ def _fill_layer(
                 # Of random weights a few rows are quantized, which takes less than a plan may hold, and repeated as they are held.
                 few = weights is None and held[name] is formats[name]
                 rows = min(shape[0], RANDOM_ROWS) if few else shape[0]
-                weight = _read(weights, f"{prefix}.{name}.weight", (rows, shape[1]), device)
-                weight = require_finite(f"{prefix}.{name}.weight", weight.to(device=device, dtype=_source_dtype(weight, dtype)))
-                packed = formats[name].quantize(weight)
+                packed = formats[name].quantize(_read(weights, f"{prefix}.{name}.weight", (rows, shape[1]), device, dtype))
                 if rows < shape[0]:
                     packed = {k: _repeated(packed[k], torch.empty_like(view)) for k, view in slab.views[name].items()}
             if held[name] is not formats[name]:
@@ -188,13 +186,13 @@ def _format(spec: QuantSpec, dtype: torch.dtype) -> Any:
     return fmt
 
 
-def _source_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Quantizing sees the stored precision; only fp32 sources on a 16-bit card are narrowed first to halve the peak."""
-    return dtype if weight.dtype == torch.float32 and dtype != torch.float32 else weight.dtype
+def _read(
+    weights: Weights | None, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """A tensor of the checkpoint, finite, on `device`, or without a checkpoint a random one, whose values are the same everywhere.
 
-
-def _read(weights: Weights | None, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
-    """A tensor of the checkpoint on the CPU, or without one a random one on `device`, whose values are the same everywhere."""
+    It keeps the stored precision, which quantizing sees; only fp32 is narrowed to `dtype` first, to halve the peak.
+    """
     if weights is None:
         some = torch.empty(min(shape[0], RANDOM_ROWS), *shape[1:], dtype=torch.bfloat16)
         some.normal_(0, 0.02, generator=torch.Generator().manual_seed(len(name)))
@@ -202,11 +200,8 @@ def _read(weights: Weights | None, name: str, shape: tuple[int, ...], device: to
     tensor = weights.read(name)
     if tuple(tensor.shape) != tuple(shape):
         raise ConfigError(f"tensor {name!r} has shape {tuple(tensor.shape)}, but the model's config asks for {tuple(shape)}.")
-    return tensor
-
-
-def _read_finite(weights: Weights | None, name: str, *where: Any) -> torch.Tensor:
-    return require_finite(name, _read(weights, name, *where))
+    narrowed = dtype if dtype and tensor.dtype == torch.float32 else tensor.dtype
+    return require_finite(name, tensor.to(device=device, dtype=narrowed))
 
 
 def _store(packed: dict[str, torch.Tensor], views: dict[str, torch.Tensor]) -> None:
@@ -226,7 +221,7 @@ def _repeated(some: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 def _replace_linear(layer, name, linear, fmt, slab, scratch, weights, prefix) -> None:
     bias = None
     if linear.bias is not None:
-        bias = _read_finite(weights, f"{prefix}.{name}.bias", (linear.out_features,)).to(scratch.buffer.device, linear.bias.dtype)
+        bias = _read(weights, f"{prefix}.{name}.bias", (linear.out_features,)).to(scratch.buffer.device, linear.bias.dtype)
     quantized = QuantLinear(linear.in_features, linear.out_features, fmt, bias)
     quantized.bind(slab.views[name], scratch)
     parent, _, leaf = name.rpartition(".")
@@ -269,7 +264,7 @@ def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
     shape = (embedding.num_embeddings, embedding.embedding_dim)
     tied = model.config.tie_word_embeddings or (weights is not None and "lm_head.weight" not in weights.names())
     on_host = plan.embeddings_on_host and not tied and device.type == "cuda"
-    table = _read_finite(weights, "model.embed_tokens.weight", shape, "cpu" if on_host else device).to(dtype)
+    table = _read(weights, "model.embed_tokens.weight", shape, "cpu" if on_host else device, dtype).to(dtype)
     if on_host:
         HostEmbedding.take(embedding, table.pin_memory())
     else:
@@ -279,7 +274,7 @@ def _load_tables(loaded: Loaded, weights: Weights | None, plan: Plan) -> None:
         return
     fmt = _format(resolve(plan.head_bits), dtype)
     slab = make_slab({"lm_head": fmt.layout(*shape)}, device)
-    fmt.quantize_into(_read_finite(weights, "lm_head.weight", shape).to(dtype), slab.views["lm_head"])
+    fmt.quantize_into(_read(weights, "lm_head.weight", shape).to(dtype), slab.views["lm_head"])
     loaded.head = QuantLinear(shape[1], shape[0], fmt)
     loaded.head.bind(slab.views["lm_head"], loaded.scratch)
     model.lm_head = loaded.head
@@ -289,7 +284,7 @@ def _load_small(model: nn.Module, weights: Weights | None, device: torch.device,
     """Everything still on the meta device: norms from the files, rotary tables from the config."""
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type == "meta":
-            value = torch.ones(parameter.shape) if weights is None else _read_finite(weights, name, tuple(parameter.shape))
+            value = torch.ones(parameter.shape) if weights is None else _read(weights, name, tuple(parameter.shape))
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False))
     for name, module in list(model.named_modules()):

@@ -144,7 +144,7 @@ def weightless(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(step_module, "gather_rows", lambda ids, table: like(table, ids.shape[0], table.shape[1]))
     monkeypatch.setattr(RunningSoftmax, "add", lambda self, logits, start, rows: like(logits, logits.shape[0], 1, dtype=torch.float32))
-    monkeypatch.setattr(load, "_read", lambda weights, name, shape, device="cpu": torch.empty(shape, dtype=torch.bfloat16, device=META))
+    monkeypatch.setattr(load, "_read", lambda weights, name, shape, *where: torch.empty(shape, dtype=torch.bfloat16, device=META))
     monkeypatch.setattr(step_module, "HostStore", Store)
     monkeypatch.setattr(offload, "HostStore", Store)
     monkeypatch.setattr(offload.GateUpAway, "_take_memory", lambda self, units, columns, dtype: self.store.host.extend([None] * units))
