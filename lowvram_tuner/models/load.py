@@ -29,7 +29,7 @@ from lowvram_tuner.models.catalogue import ModelShape
 from lowvram_tuner.models.hub import find_shape
 from lowvram_tuner.models.kept import as_stored
 from lowvram_tuner.models.source import Source, load_config, locate
-from lowvram_tuner.models.weights import Weights, open_weights, require_finite
+from lowvram_tuner.models.weights import Weights, open_weights
 from lowvram_tuner.quant.checkpoint import Reader, open_checkpoint
 from lowvram_tuner.quant.linear import QuantLinear
 from lowvram_tuner.quant.registry import quant_format, resolve
@@ -189,7 +189,7 @@ def _format(spec: QuantSpec, dtype: torch.dtype) -> Any:
 def _read(
     weights: Weights | None, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """A tensor of the checkpoint, finite, on `device`, or without a checkpoint a random one, whose values are the same everywhere.
+    """A tensor of the checkpoint, or without one a random one, whose values are the same everywhere, on `device`.
 
     It keeps the stored precision, which quantizing sees; only fp32 is narrowed to `dtype` first, to halve the peak.
     """
@@ -197,11 +197,10 @@ def _read(
         some = torch.empty(min(shape[0], RANDOM_ROWS), *shape[1:], dtype=torch.bfloat16)
         some.normal_(0, 0.02, generator=torch.Generator().manual_seed(len(name)))
         return _repeated(some.to(device), torch.empty(shape, dtype=torch.bfloat16, device=device))
-    tensor = weights.read(name)
+    tensor = weights.read(name, device, dtype)
     if tuple(tensor.shape) != tuple(shape):
         raise ConfigError(f"tensor {name!r} has shape {tuple(tensor.shape)}, but the model's config asks for {tuple(shape)}.")
-    narrowed = dtype if dtype and tensor.dtype == torch.float32 else tensor.dtype
-    return require_finite(name, tensor.to(device=device, dtype=narrowed))
+    return tensor
 
 
 def _store(packed: dict[str, torch.Tensor], views: dict[str, torch.Tensor]) -> None:

@@ -28,16 +28,23 @@ class Weights(ABC):
         """Every tensor's name."""
 
     @abstractmethod
-    def read(self, name: str) -> torch.Tensor:
+    def stored(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in its stored dtype (GGUF: fp32). Raises ConfigError when it is missing or unreadable."""
 
+    def read(self, name: str, device: torch.device | str = "cpu", narrow: torch.dtype | None = None) -> torch.Tensor:
+        """`stored`, on `device`, fp32 narrowed to `narrow` on the way, which halves what crosses.
 
-def require_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, or ConfigError when it holds inf or nan: one of them can make every answer nan. Two passes over it and no copy."""
-    if not all(bool(t.isfinite()) for t in (tensor.amax(), tensor.amin())):  # nan is the largest and the smallest
-        bad = int((~tensor.isfinite()).sum())
-        raise ConfigError(f"tensor {name!r} is inf or nan in {bad} of its {tensor.numel()} values; get the model again.")
-    return tensor
+        ConfigError also for inf or nan, of which one can make every answer nan; they are looked for where the tensor is put, in
+        two passes and without a copy.
+        """
+        import torch
+
+        tensor = self.stored(name)
+        tensor = tensor.to(device=device, dtype=narrow if narrow and tensor.dtype == torch.float32 else tensor.dtype)
+        if not all(bool(t.isfinite()) for t in (tensor.amax(), tensor.amin())):  # nan is the largest and the smallest
+            bad = int((~tensor.isfinite()).sum())
+            raise ConfigError(f"tensor {name!r} is inf or nan in {bad} of its {tensor.numel()} values; get the model again.")
+        return tensor
 
 
 def open_weights(source: Source, model: nn.Module) -> Weights:
@@ -74,7 +81,7 @@ class SafetensorsWeights(Weights):
     def names(self) -> set[str]:
         return set(self._files)
 
-    def read(self, name: str) -> torch.Tensor:
+    def stored(self, name: str) -> torch.Tensor:
         if name not in self._files:
             raise ConfigError(f"{self.folder} has no tensor {name!r}; it is not a complete checkpoint of this model.")
         path = self._files[name]
@@ -104,7 +111,7 @@ class GgufWeights(Weights):
     def names(self) -> set[str]:
         return set(self._tensors)
 
-    def read(self, name: str) -> torch.Tensor:
+    def stored(self, name: str) -> torch.Tensor:
         import numpy as np
         import torch
         from gguf import dequantize

@@ -247,8 +247,6 @@ def _data_free(
     model: nn.Module, weights: Weights, fmt: QuantFormat, partial: Partial,
     device: torch.device, dtype: torch.dtype, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    from lowvram_tuner.models.weights import require_finite
-
     report, total = [], len(model.model.layers) * len(linears_of(model.model.layers[0]))
     for index, layer in enumerate(model.model.layers):
         progress("quantizing weights", len(report), total)
@@ -258,7 +256,7 @@ def _data_free(
             for name in linears_of(layer):
                 began = time.perf_counter()
                 label = f"model.layers.{index}.{name}"
-                weight = require_finite(f"{label}.weight", weights.read(f"{label}.weight").to(device))
+                weight = weights.read(f"{label}.weight", device)
                 tensors = fmt.quantize(weight)
                 packed[name] = {k: t.cpu() for k, t in tensors.items()}
                 rounded = fmt.dequantize(tensors, weight.new_empty(weight.shape, dtype=_fp32()))

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lowvram_tuner.models.weights import require_finite
-
 if TYPE_CHECKING:
     from lowvram_tuner.models.weights import Weights
 
@@ -36,8 +34,7 @@ class Layers:
         """Layer `index` with its weights on the device."""
         layer = copy.deepcopy(self.model.model.layers[index])
         for name, parameter in list(layer.named_parameters()):
-            stored = f"model.layers.{index}.{name}"
-            value = require_finite(stored, self.weights.read(stored).to(device=self.device, dtype=self.dtype))
+            value = self.weights.read(f"model.layers.{index}.{name}", self.device, self.dtype).to(self.dtype)
             if value.shape != parameter.shape:
                 raise ValueError(f"layer {index}: {name} is {list(value.shape)}; {list(parameter.shape)} is accepted.")
             set_parameter(layer, name, value)
@@ -93,7 +90,7 @@ class Layers:
 
     def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         inner = copy.deepcopy(self.model.model)
-        set_parameter(inner, "embed_tokens.weight", require_finite("model.embed_tokens.weight", self.weights.read("model.embed_tokens.weight")).to(self.dtype))
+        set_parameter(inner, "embed_tokens.weight", self.weights.read("model.embed_tokens.weight").to(self.dtype))
         for name, module in list(inner.named_modules()):
             if not name.startswith("layers.") and any(b.device.type == "meta" for b in module.buffers(recurse=False)):
                 parent, _, leaf = name.rpartition(".")

@@ -16,6 +16,7 @@ import torch
 from transformers import set_seed
 
 from lowvram_tuner.config import ConfigError, TrainConfig
+from lowvram_tuner.console import duration
 from lowvram_tuner.data.packing import Batches, collate
 from lowvram_tuner.data.prepare import Prepared, prepare
 from lowvram_tuner.lora.adapter import save_adapter
@@ -24,6 +25,7 @@ from lowvram_tuner.models.source import load_tokenizer
 from lowvram_tuner.train import checkpoints
 from lowvram_tuner.train.answers import Questions
 from lowvram_tuner.train.base_model import Stopped, with_base_model
+from lowvram_tuner.train.divergence import Divergence
 from lowvram_tuner.train.evaluate import held_out_losses, target_counts
 from lowvram_tuner.train.events import Reporter
 from lowvram_tuner.train.guard import Guard
@@ -35,7 +37,6 @@ from lowvram_tuner.train.session import Session, build_to_fit, free_memory, less
 from lowvram_tuner.train.step import Batch, to_batch, to_batches
 
 T = TypeVar("T")
-LOST_STEPS = 5  # in a row without a number for a loss: an update that is no number is left out, so nothing will change any more
 
 
 def run_training(config: TrainConfig, run: RunDir, reporter: Reporter, resume: bool = False) -> dict[str, Any]:
@@ -68,11 +69,10 @@ class _Run:
         tenth = max(1, self.total // 10)
         self.eval_every, self.save_every = config.eval_steps or tenth, config.save_steps or tenth
         self.split = 1  # passes that a micro-batch is cut into when the card is too full for it in one
-        self.guard = Guard()
+        self.guard, self.divergence = Guard(), Divergence(config, session.adapter.parameters.dtype)
         self.held_out_tokens = target_counts(prepared.held_out)
         self.questions = Questions(prepared.prompts, tokenizer)
         self.answers: dict[int, list[dict[str, str]]] = {}  # by step
-        self.lost = 0  # steps in a row whose loss is no number
         self.released = -1  # the step at which graphs gave their memory back
         self.saved: int | None = None  # the step whose state the newest checkpoint holds
         self.kept = 0  # the step whose adapter the run keeps
@@ -120,7 +120,8 @@ class _Run:
             self.loss = float(total) / targets
             session = self.session
             self._stepped(group, targets, float(norm), time.perf_counter() - begin)
-            self._require_a_number()
+            if self.divergence.look(self.progress.step, self.loss):
+                self._give_up()
             ended = self._checks()
             group = following if self.session is session else None  # a new plan may cut the passes differently
             if ended:
@@ -178,30 +179,14 @@ class _Run:
         )  # fmt: skip
         self._watch(seconds, tokens, now)
 
-    def _require_a_number(self) -> None:
-        """Ends a run whose loss stays inf or nan. What was learned before is kept where a held-out check tells which it was."""
-        p = self.progress
-        self.lost = 0 if math.isfinite(self.loss) else self.lost + 1
-        if self.lost < LOST_STEPS:
-            return
-        if self.lost == p.step:
-            self._refuse_base()
-        kept = ""
+    def _give_up(self) -> None:
+        """Ends a run whose loss stays no number, with the best adapter that it had; without held-out checks none is known."""
+        kept = None
         if checkpoints.best(self.run.checkpoints):
             self._evaluate()  # by which the adapter of now loses
             self._save_adapter()
-            kept = f" The adapter of step {self.kept}, the best until then, is kept."
-        raise ConfigError(
-            f"learning_rate={self.config.learning_rate:g} is too high for this model and data: the loss has been no number since "
-            f"step {p.step - self.lost + 1}.{kept}"
-        )
-
-    def _refuse_base(self) -> None:
-        narrow = self.session.adapter.parameters.dtype == torch.float16
-        raise ConfigError(
-            f"model={self.config.model!r} gives no number for a loss before any training: one of its weights is inf or nan"
-            + (", or fp16 is too narrow for it; try precision='fp32', or get the model again." if narrow else "; get the model again.")
-        )
+            kept = self.kept
+        raise self.divergence.error(self.progress.step, kept)
 
     def _checks(self) -> bool:
         """Held-out check, checkpoint and answers when they are due. Returns True when patience has run out."""
@@ -224,8 +209,8 @@ class _Run:
         held_out, device = self.prepared.held_out, self.session.device
         losses = self._surviving(lambda: held_out_losses(_inner(self.session.step), held_out, self.pass_config, device))
         best = p.checked(losses, self.held_out_tokens)
-        if not p.step and not math.isfinite(p.history[-1][1]):
-            self._refuse_base()
+        if not p.step:
+            self.divergence.require_base(p.history[-1][1])
         self.saved = None  # the newest checkpoint does not know of this check
         self.reporter.evaluated(p.step, p.history[-1][1])
         return best
@@ -285,7 +270,7 @@ class _Run:
         steps = self.total * self.pass_config.gradient_accumulation_steps
         peak = memory_now(self.session.device, self.session.plan.budget.context_bytes)[1]
         spare = (self.session.plan.budget.limit_bytes - peak) / GB
-        self.reporter.note(f"It fits with {max(spare, 0):.1f} GB to spare. About {_duration(seconds * steps)} at most.")
+        self.reporter.note(f"It fits with {max(spare, 0):.1f} GB to spare. About {duration(seconds * steps)} at most.")
         self.reporter.planned(self.total, self.session.plan.process_bytes)
 
     def _worst_case(self) -> float:
@@ -405,11 +390,3 @@ def _inner(step: Any) -> Any:
 
 def _loading(reporter: Reporter) -> Any:
     return lambda what, done, total: reporter.status("preparing", "Loading the model.", int(done), int(total), "layers")
-
-
-def _duration(seconds: float) -> str:
-    """'2 h 10 min', '5 min', '40 s'."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

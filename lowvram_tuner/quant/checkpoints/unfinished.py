@@ -65,7 +65,7 @@ def write_checkpoint(
     folder = partial.folder / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    stored = _stored_dtype(weights.read("model.embed_tokens.weight"))
+    stored = _stored_dtype(weights.stored("model.embed_tokens.weight"))
     write_shards(folder, _tensors(partial, model, weights, writer))
     skipped = ["lm_head"]
     config = model.config.to_dict() | {
@@ -83,8 +83,6 @@ def write_checkpoint(
 
 def _tensors(partial: Partial, model: nn.Module, weights: Weights, writer: Writer) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the checkpoint by name, quantized layers first, then what stays in 16 bit."""
-    from lowvram_tuner.models.weights import require_finite
-
     written = set()
     for index, layer in enumerate(model.model.layers):
         packed, _ = partial.load(index)
@@ -93,7 +91,7 @@ def _tensors(partial: Partial, model: nn.Module, weights: Weights, writer: Write
             yield from writer.tensors(module, QuantizedWeight(writer.spec, linear.out_features, linear.in_features, tensors)).items()
             written.add(f"{module}.weight")
     for name in sorted(weights.names() - written):
-        tensor = require_finite(name, weights.read(name))
+        tensor = weights.read(name)
         yield name, tensor.to(_stored_dtype(tensor))
 
 
