@@ -206,6 +206,13 @@ def test_broken_tensors_are_named(tmp_path, damage, words):
         open_checkpoint(save(tmp_path / "m", tensors)).load(MODULE)
 
 
+def test_a_scale_may_be_of_any_float_type(tmp_path):
+    tensors = stored(MODULE, 128, 192)
+    want = open_checkpoint(save(tmp_path / "a", tensors)).load(MODULE).packed["SU"]
+    tensors[f"{MODULE}.Wscale"] = tensors[f"{MODULE}.Wscale"].double()
+    assert torch.equal(open_checkpoint(save(tmp_path / "b", tensors)).load(MODULE).packed["SU"], want)
+
+
 def test_a_rescaling_by_zero_is_refused(tmp_path):
     tensors = stored(MODULE, 128, 192) | {f"{MODULE}.scaleWH": torch.arange(192.0)}
     with pytest.raises(QuantError, match=r"scaleWH holds 0, by which"):

@@ -132,7 +132,7 @@ class QuipReader(Reader):
     def _scalar(self, name: str, default: float) -> float:
         if name not in self.files:
             return default
-        tensor = self.files.finite(name, FLOATS, None)
+        tensor = self.files.finite(name, (*FLOATS, "float64"), None)
         if tensor.numel() != 1:
             self.files.refuse(name, f"is {tensor.tolist()}", "one number is accepted")
         return float(tensor)
