@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 from html import escape
 
+from lowvram_tuner.ui.words import number
+
 LIMIT = 600  # points kept per curve
 _WIDTH, _HEIGHT = 1000, 300  # user units; the SVG is stretched, lines keep their width, texts are HTML beside it
 
@@ -75,7 +77,7 @@ def plot_html(series: list[Series], last_step: float = 0, empty: str = "The loss
     right = max(right, 1.0)
     low, high = _limits([v for s in drawn for _, v in s.points])
     lines = "".join(_line(s, left, right, low, high) for s in drawn)
-    said = "Loss over steps. " + ". ".join(f"{s.label}: {_latest(s):.3g} at step {s.points[-1][0]:.0f}" for s in drawn)
+    said = "Loss over steps. " + ". ".join(f"{s.label}: {number(_latest(s))} at step {s.points[-1][0]:.0f}" for s in drawn)
     return (
         f'<div class="plot" role="img" aria-label="{escape(said, quote=True)}">'
         f'<div class="keys">{"".join(_key(s) for s in drawn)}</div>'
@@ -142,4 +144,4 @@ def _latest(s: Series) -> float:
 
 
 def _key(s: Series) -> str:
-    return f'<span class="key"><i class="stroke {escape(s.style)}"></i>{escape(s.label)} <b>{_latest(s):.3g}</b></span>'
+    return f'<span class="key"><i class="stroke {escape(s.style)}"></i>{escape(s.label)} <b>{number(_latest(s))}</b></span>'

@@ -71,11 +71,11 @@ def ago(then: float | None, now: float | None = None) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(then))
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure such as a loss: "1.32", or "–" when there is none."""
+def number(value: float | None) -> str:
+    """A figure such as a loss: "1.32", "2.00" (of one width, so that nothing moves beside it), or "–" when there is none."""
     if value is None or value != value:  # the second is true for NaN only
         return "–"
-    return f"{value:.{digits}g}" if abs(value) < 10 ** (digits - 1) else f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".") if abs(value) < 100 else f"{value:,.0f}"
 
 
 def count(number: int, thing: str) -> str:

@@ -72,6 +72,11 @@ def test_the_y_axis_does_not_move_for_a_little_noise():
     assert axis[0] == axis[1] == axis[2]
 
 
+@pytest.mark.parametrize(("loss", "said"), [(2.0, "2.00"), (4.8, "4.80"), (0.338, "0.338"), (99.97, "100"), (3.9e5, "390,000")])
+def test_the_loss_in_the_legend_keeps_its_width(loss, said):
+    assert f"<b>{said}</b>" in plot_html([Series("loss", "train", [(1.0, loss)])])
+
+
 def test_ten_thousand_steps_are_a_small_drawing():
     assert len(plot_html([Series("loss", "train", curve(10_000).all(), smooth=True)], 10_000)) < 30_000
 
