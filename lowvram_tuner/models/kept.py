@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowvram_tuner.config import ConfigError, TrainConfig
-from lowvram_tuner.models.source import Source, locate
+from lowvram_tuner.models.source import locate
 from lowvram_tuner.quant.calibrate import GROUPED, ROWS, Progress, quantize_model
 from lowvram_tuner.quant.checkpoint import open_checkpoint, stored_spec
 from lowvram_tuner.quant.registry import quant_format, resolve
@@ -68,16 +68,10 @@ def place(config: TrainConfig) -> Path | None:
     source = locate(config.model)
     if source.gguf is None and open_checkpoint(source.folder) is not None:
         return None
+    mark = hashlib.sha256(repr(source.stamps()).encode()).hexdigest()[:6]  # tells models apart by their weights' files
     group = f"-g{spec.group_size}" if spec.method in GROUPED else ""
-    name = f"{source.public_id.split('/')[-1]}-{spec.method}-{spec.bits}bit{group}-{_mark(source)}"
+    name = f"{source.public_id.split('/')[-1]}-{spec.method}-{spec.bits}bit{group}-{mark}"
     return Path(config.output_dir).resolve() / "models" / name
-
-
-def _mark(source: Source) -> str:
-    """Tells models apart by their weights' files: others put into the same folder are another model."""
-    files = [source.folder / source.gguf] if source.gguf else sorted(source.folder.glob("*.safetensors"))
-    told = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:6]
 
 
 def _spec(config: TrainConfig) -> QuantSpec:

@@ -197,10 +197,7 @@ def _read(
         some = torch.empty(min(shape[0], RANDOM_ROWS), *shape[1:], dtype=torch.bfloat16)
         some.normal_(0, 0.02, generator=torch.Generator().manual_seed(len(name)))
         return _repeated(some.to(device), torch.empty(shape, dtype=torch.bfloat16, device=device))
-    tensor = weights.read(name, device, dtype)
-    if tuple(tensor.shape) != tuple(shape):
-        raise ConfigError(f"tensor {name!r} has shape {tuple(tensor.shape)}, but the model's config asks for {tuple(shape)}.")
-    return tensor
+    return weights.read(name, shape, device, dtype)
 
 
 def _store(packed: dict[str, torch.Tensor], views: dict[str, torch.Tensor]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram_tuner.config import DEMO_MODEL, ConfigError
 from lowvram_tuner.models.hub import Progress, fetch, is_id
+from lowvram_tuner.quant.checkpoints.files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +35,11 @@ class Source:
     gguf: str | None
     public_id: str
 
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """(path, bytes, time in ns) of the weights' files: others put into the same folder are another model."""
+        files = [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
+        return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
     def hf_kwargs(self) -> dict[str, str]:
         """What transformers' `from_pretrained` needs besides the folder."""
         return {"gguf_file": self.gguf} if self.gguf else {}
@@ -51,7 +57,8 @@ def demo_gguf() -> Path:
 def locate(model: str, weights: bool = True, progress: Progress | None = None, download: Callable[..., Path] = fetch) -> Source:
     """The model's files. A hub id is fetched by `download`; without `weights` only what `load_config` and `load_tokenizer` read.
 
-    Raises ConfigError for a path that holds no model, for pickled weights, and for an id the hub does not know.
+    Raises ConfigError for a path that holds no model, for pickled weights, and for an id the hub does not know; QuantError for a
+    config.json that is none.
     """
     if model == DEMO_MODEL:
         path = demo_gguf()
@@ -83,8 +90,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
     try:
         return _read_once(source, "tokenizers", from_kept, from_model)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the tokenizer of model={model!r} cannot be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # damaged files fail in as many ways as there are parsers
+        raise ConfigError(f"the tokenizer of model={model!r} cannot be read ({_told(error)}); get the model again.") from None
 
 
 def load_config(source: Source) -> PreTrainedConfig:
@@ -97,10 +104,14 @@ def load_config(source: Source) -> PreTrainedConfig:
 
     try:
         config = _read_once(source, "configs", AutoConfig.from_pretrained, from_model)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{source.folder} has no config that transformers can read: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        raise ConfigError(f"{source.folder} has no config that transformers can read ({_told(error)}); get the model again.") from None
     config._name_or_path = source.public_id
     return config
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _read_once(source: Source, kind: str, from_kept: Callable[[Path], Any], from_model: Callable[[], Any]) -> Any:
@@ -140,14 +151,12 @@ def _in_folder(folder: Path, public_id: str) -> Source:
 
 def _public_id(folder: Path) -> str:
     """The hub id that a local copy came from, as its config or its cache folder's name tells; else the folder's name."""
-    import json
-
     for part in folder.parts:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/", 1)
     config = folder / "config.json"
     if config.is_file():
-        name = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", "")
+        name = str(read_json(config).get("_name_or_path"))
         if name.count("/") == 1 and not name.startswith(("/", ".")):
             return name
     return folder.name

@@ -6,7 +6,6 @@ at hand.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +13,13 @@ from typing import TYPE_CHECKING
 
 from lowvram_tuner.config import ConfigError
 from lowvram_tuner.models.source import Source
+from lowvram_tuner.quant.checkpoints.files import FLOATS, TensorFiles
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+ACCEPTED = (*FLOATS, "float64")
 
 
 class Weights(ABC):
@@ -29,17 +31,25 @@ class Weights(ABC):
 
     @abstractmethod
     def stored(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU, in its stored dtype (GGUF: fp32). Raises ConfigError when it is missing or unreadable."""
+        """One tensor on the CPU, in its stored dtype (GGUF: fp32). Raises ConfigError or QuantError when it is missing or unreadable."""
 
-    def read(self, name: str, device: torch.device | str = "cpu", narrow: torch.dtype | None = None) -> torch.Tensor:
+    def read(
+        self, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu", narrow: torch.dtype | None = None
+    ) -> torch.Tensor:
         """`stored`, on `device`, fp32 narrowed to `narrow` on the way, which halves what crosses.
 
-        ConfigError also for inf or nan, of which one can make every answer nan; they are looked for where the tensor is put, in
-        two passes and without a copy.
+        ConfigError also for another shape, for what is no ordinary float (packed codes read as weights would be a wrong answer
+        without a word), and for inf or nan, of which one can make every answer nan; they are looked for where the tensor is put,
+        in two passes and without a copy.
         """
         import torch
 
         tensor = self.stored(name)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in ACCEPTED:
+            raise ConfigError(f"tensor {name!r} is {dtype}; {' or '.join(ACCEPTED)} is accepted: get the model in 16 bit.")
+        if tuple(tensor.shape) != tuple(shape):
+            raise ConfigError(f"tensor {name!r} has shape {tuple(tensor.shape)}, but the model's config asks for {tuple(shape)}.")
         tensor = tensor.to(device=device, dtype=narrow if narrow and tensor.dtype == torch.float32 else tensor.dtype)
         if not all(bool(t.isfinite()) for t in (tensor.amax(), tensor.amin())):  # nan is the largest and the smallest
             bad = int((~tensor.isfinite()).sum())
@@ -56,39 +66,13 @@ class SafetensorsWeights(Weights):
     """A folder of *.safetensors, with or without an index file."""
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self.folder, self._error = folder, SafetensorError
-        self._files: dict[str, Path] = {}
-        self._open: dict[Path, object] = {}
-        for path in self._paths():
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(f"{path.name} cannot be read ({error}); download it again.") from None
-            self._files |= dict.fromkeys(self._open[path].keys(), path)
-
-    def _paths(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if not index.is_file():
-            return sorted(self.folder.glob("*.safetensors"))
-        paths = sorted({self.folder / Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        for path in paths:
-            if not path.is_file():
-                raise ConfigError(f"{path.name} is named by {index.name} but missing in {self.folder}; download the model again.")
-        return paths
+        self._files = TensorFiles(folder)
 
     def names(self) -> set[str]:
-        return set(self._files)
+        return set(self._files.where)
 
     def stored(self, name: str) -> torch.Tensor:
-        if name not in self._files:
-            raise ConfigError(f"{self.folder} has no tensor {name!r}; it is not a complete checkpoint of this model.")
-        path = self._files[name]
-        try:
-            return self._open[path].get_tensor(name)
-        except self._error as error:
-            raise ConfigError(f"{path.name}: tensor {name!r} cannot be read ({error}); download it again.") from None
+        return self._files.get(name)
 
 
 class GgufWeights(Weights):

@@ -256,7 +256,7 @@ def _data_free(
             for name in linears_of(layer):
                 began = time.perf_counter()
                 label = f"model.layers.{index}.{name}"
-                weight = weights.read(f"{label}.weight", device)
+                weight = weights.read(f"{label}.weight", layer.get_submodule(name).weight.shape, device)
                 tensors = fmt.quantize(weight)
                 packed[name] = {k: t.cpu() for k, t in tensors.items()}
                 rounded = fmt.dequantize(tensors, weight.new_empty(weight.shape, dtype=_fp32()))
@@ -301,8 +301,9 @@ def _calibration_ids(
 
 
 def _fingerprint(source: Source, spec: QuantSpec, ids: torch.Tensor | None) -> str:
+    """What a finished layer depends on: the model's files as they are now, the format, the calibration's tokens."""
     digest = hashlib.sha256(b"" if ids is None else ids.numpy().tobytes()).hexdigest()
-    return json.dumps({"source": [str(source.folder), source.gguf], "spec": asdict(spec), "calibration": digest})
+    return json.dumps({"source": source.stamps(), "spec": asdict(spec), "calibration": digest})
 
 
 def _eta(progress: Progress | None) -> Progress:

@@ -149,8 +149,11 @@ def _configuration(folder: Path) -> tuple[dict[str, Any], Path] | None:
     main = folder / "config.json"
     if main.is_file():
         config = read_json(main)
-        if isinstance(config.get("quantization_config"), dict):
-            return config["quantization_config"], main
+        asked = config.get("quantization_config")
+        if asked is not None and not isinstance(asked, dict):
+            raise QuantError(f"{main}: quantization_config={asked!r} cannot be read; an object of names and values is accepted.")
+        if asked is not None:
+            return asked, main
         if isinstance(config.get("quip_params"), dict):
             return config["quip_params"] | {"quant_method": "quip"}, main
     for name in ("quantize_config.json", "quant_config.json"):

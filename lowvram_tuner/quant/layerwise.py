@@ -34,10 +34,8 @@ class Layers:
         """Layer `index` with its weights on the device."""
         layer = copy.deepcopy(self.model.model.layers[index])
         for name, parameter in list(layer.named_parameters()):
-            value = self.weights.read(f"model.layers.{index}.{name}", self.device, self.dtype).to(self.dtype)
-            if value.shape != parameter.shape:
-                raise ValueError(f"layer {index}: {name} is {list(value.shape)}; {list(parameter.shape)} is accepted.")
-            set_parameter(layer, name, value)
+            value = self.weights.read(f"model.layers.{index}.{name}", parameter.shape, self.device, self.dtype)
+            set_parameter(layer, name, value.to(self.dtype))
         return layer.eval()
 
     def run(self, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -90,7 +88,8 @@ class Layers:
 
     def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         inner = copy.deepcopy(self.model.model)
-        set_parameter(inner, "embed_tokens.weight", self.weights.read("model.embed_tokens.weight").to(self.dtype))
+        table = self.weights.read("model.embed_tokens.weight", inner.embed_tokens.weight.shape)
+        set_parameter(inner, "embed_tokens.weight", table.to(self.dtype))
         for name, module in list(inner.named_modules()):
             if not name.startswith("layers.") and any(b.device.type == "meta" for b in module.buffers(recurse=False)):
                 parent, _, leaf = name.rpartition(".")

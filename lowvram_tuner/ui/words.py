@@ -32,7 +32,7 @@ def quality(method: str, bits: int) -> str:
     if here < 1.01 * original:
         return "Measured on the demo model: as good as the original."
     times = here / original
-    much = f"{times - 1:.0%}" if times < 2 else f"{times:.1f} times" if times < 10 else f"{times:,.0f} times"
+    much = f"{100 * (times - 1):.0f} %" if times < 2 else f"{times:.1f} times" if times < 10 else f"{times:,.0f} times"
     return f"Measured on the demo model: {much} less sure of the next word (perplexity)."
 
 

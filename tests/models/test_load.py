@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from lowvram_tuner.config import ConfigError
 from lowvram_tuner.memory.slabs import slab_bytes
 from lowvram_tuner.models.load import HostEmbedding, config_values, load_model
-from lowvram_tuner.models.source import Source, locate
+from lowvram_tuner.models.source import Source, load_tokenizer, locate
 from lowvram_tuner.models.weights import GgufWeights
 from lowvram_tuner.quant.linear import QuantLinear
 from lowvram_tuner.quant.registry import resolve
+from lowvram_tuner.quant.spec import QuantError
 from tests.engine_cases import make_plan, model_values
-from tests.tiny_model import make_model
+from tests.tiny_model import byte_tokenizer, make_model
 
 IDS = torch.arange(3, 30)[None]
 CPU = torch.device("cpu")
@@ -143,7 +144,7 @@ def broken(good, tmp_path):
 
 
 def refused(folder, *words, bits=16):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises((ConfigError, QuantError)) as error:
         load(folder, bits)
     message = str(error.value)
     assert all(w in message for w in words), message
@@ -157,7 +158,36 @@ def test_a_tensor_of_another_shape(broken):
     refused(folder, name, "(100, 64)", "(128, 64)")
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])
+PARTS = ["model.layers.0.self_attn.k_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_tensor_without_values(broken, name, bits):
+    folder, rewrite = broken
+    rewrite(lambda t: t.update({name: t[name][:0]}))
+    refused(folder, f"tensor '{name}' has shape (0", "but the model's config asks for", bits=bits)
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_tensor_that_is_no_ordinary_float(broken, name, dtype, bits):
+    folder, rewrite = broken
+    rewrite(lambda t: t.update({name: t[name].to(dtype)}))
+    seen = str(dtype).removeprefix("torch.")
+    refused(folder, f"tensor '{name}' is {seen}; float16 or bfloat16 or float32 or float64 is accepted", bits=bits)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_fp64_weights_are_the_model(broken, bits):
+    folder, rewrite = broken
+    before = logits(load(folder, bits).model)
+    rewrite(lambda t: t.update({name: t[name].double() for name in t}))
+    assert torch.equal(logits(load(folder, bits).model), before)
+
+
+@pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_tensor_that_is_not_finite(broken, name, value, bits):
@@ -166,7 +196,7 @@ def test_a_tensor_that_is_not_finite(broken, name, value, bits):
     refused(folder, f"tensor '{name}' is inf or nan in 2 of its", "get the model again", bits=bits)
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("name", PARTS)
 def test_a_missing_tensor(broken, name):
     folder, rewrite = broken
     rewrite(lambda t: t.pop(name))
@@ -184,14 +214,21 @@ def test_an_index_that_names_a_missing_file(broken):
     folder, _ = broken
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(folder, "model-00002-of-00002.safetensors", "missing")
+    refused(folder, "model-00002-of-00002.safetensors", "not in", folder.name)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"model.norm.weight": 3}}', "[" * 100_000])
+def test_an_index_that_is_none(broken, index):
+    folder, _ = broken
+    (folder / "model.safetensors.index.json").write_text(index)
+    refused(folder, "model.safetensors.index.json")
 
 
 def test_an_index_cannot_lead_out_of_the_folder(broken):
     folder, _ = broken
     index = {"weight_map": {"model.norm.weight": "../../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(folder, "secret.safetensors", "missing in", folder.name)
+    refused(folder, "secret.safetensors", "not in", folder.name)
 
 
 def test_pickled_weights_are_refused_unopened(tmp_path):
@@ -217,6 +254,27 @@ def test_a_config_that_is_missing_or_of_no_known_kind(broken):
     refused(folder, "config")
     (folder / "config.json").unlink()
     refused(folder, "config")
+
+
+@pytest.mark.parametrize(
+    "config", ["{", "[]", '"llama"', "[" * 100_000, {"hidden_size": "64"}, {"num_attention_heads": 5}, {"quantization_config": "gptq"}]
+)
+def test_a_config_that_is_none(broken, config):
+    folder, _ = broken
+    path = folder / "config.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(json.loads(path.read_text()) | config))
+    refused(folder, "config")
+
+
+@pytest.mark.parametrize("config", ["{", "[]", {"hidden_size": "64"}, {"num_attention_heads": 5}])
+def test_a_tokenizer_beside_such_a_config(broken, config):
+    folder, _ = broken
+    byte_tokenizer().save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises((ConfigError, QuantError)) as error:
+        load_tokenizer(str(folder))
+    assert folder.name in str(error.value) and "\n" not in str(error.value)
 
 
 def test_code_that_comes_with_a_model_is_never_run(broken):

@@ -109,13 +109,14 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(tiny, quantized, tmp_path, monkeypatch):
-    def kill(what, done, total):
-        if done == LINEARS // 2 + 1:  # the first layer is done
-            raise Killed
+def kill_after_a_layer(what, done, total):
+    if done == LINEARS // 2 + 1:
+        raise Killed
 
+
+def test_a_killed_run_goes_on_and_ends_the_same(tiny, quantized, tmp_path, monkeypatch):
     with pytest.raises(Killed):
-        quantize(tiny, tmp_path / "out", progress=kill)
+        quantize(tiny, tmp_path / "out", progress=kill_after_a_layer)
     assert not (tmp_path / "out").exists()
     rounded = []
     whole = calibrate._round_layer
@@ -128,14 +129,38 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny, quantized, tmp_path, monke
 
 
 def test_layers_of_another_run_are_not_taken(tiny, tmp_path):
-    def kill(what, done, total):
-        if done == LINEARS // 2 + 1:  # the first layer is done
-            raise Killed
-
     with pytest.raises(Killed):
-        quantize(tiny, tmp_path / "out", progress=kill)
+        quantize(tiny, tmp_path / "out", progress=kill_after_a_layer)
     report = quantize(tiny, tmp_path / "out", QuantSpec("gptq", 4, 32))
     assert open_checkpoint(tmp_path / "out").spec.bits == 4 and len(report["layers"]) == LINEARS
+
+
+def test_layers_of_the_files_that_were_there_before_are_not_taken(tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny[0], model)
+    with pytest.raises(Killed):
+        quantize((model, tiny[1]), tmp_path / "out", progress=kill_after_a_layer)
+    rewrite(model, lambda t: t["model.layers.0.mlp.up_proj.weight"].mul_(3))
+    quantize((model, tiny[1]), tmp_path / "out")
+    quantize((model, tiny[1]), tmp_path / "anew")
+    went_on, anew = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "anew"))
+    assert went_on.keys() == anew.keys() and all(torch.equal(went_on[n], anew[n]) for n in anew)
+
+
+def test_a_damaged_finished_layer_is_made_again(tiny, quantized, tmp_path):
+    with pytest.raises(Killed):
+        quantize(tiny, tmp_path / "out", progress=kill_after_a_layer)
+    layer = tmp_path / "out.partial" / "layer-00000.safetensors"
+    layer.write_bytes(layer.read_bytes()[:-100])
+    quantize(tiny, tmp_path / "out")
+    first, second = (load_file(folder / "model.safetensors") for folder in (quantized[0], tmp_path / "out"))
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_a_layer_that_fails_gets_more_damping_and_is_named(tiny, tmp_path, monkeypatch):
@@ -202,12 +227,31 @@ def test_one_group_size_that_divides_every_input(tiny):
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"])
 def test_a_model_that_is_not_finite_is_not_written(tiny, tmp_path, spec, name):
     folder = shutil.copytree(tiny[0], tmp_path / "model")
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name].view(-1)[3] = torch.nan
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    rewrite(folder, lambda t: t[name].view(-1)[3].fill_(torch.nan))
     with pytest.raises(ConfigError, match=f"tensor '{name}' is inf or nan in 1 of its"):
         quantize((folder, tiny[1]), tmp_path / "out", spec)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("spec", [GPTQ3, QuantSpec("nf4", 4), QuantSpec("int8", 8)], ids=lambda s: s.method)
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"])
+def test_a_tensor_of_another_kind_or_shape_is_not_written(tiny, tmp_path, spec, name):
+    folder = shutil.copytree(tiny[0], tmp_path / "model")
+    rewrite(folder, lambda t: t.update({name: t[name][..., :32].contiguous()}))
+    with pytest.raises(ConfigError, match=rf"tensor '{name}' has shape \(.*32,?\), but the model's config asks for \("):
+        quantize((folder, tiny[1]), tmp_path / "out", spec)
+    rewrite(folder, lambda t: t.update({name: t[name].to(torch.int8)}))
+    with pytest.raises(ConfigError, match=f"tensor '{name}' is int8; float16 or bfloat16 or float32 or float64 is accepted"):
+        quantize((folder, tiny[1]), tmp_path / "out", spec)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_the_models_stays_behind(tiny, tmp_path):
+    folder = shutil.copytree(tiny[0], tmp_path / "model")
+    rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "mask": torch.ones(2, 2, dtype=torch.bool)}))
+    quantize((folder, tiny[1]), tmp_path / "out", QuantSpec("nf4", 4))
+    names = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert "model.norm.weight" in names and not {"mask", "model.layers.0.self_attn.rotary_emb.inv_freq"} & names
 
 
 def test_what_cannot_be_done_is_said(tiny, quantized, tmp_path):

@@ -100,7 +100,7 @@ def test_a_quantized_model_brings_its_bits(tmp_path):
     [
         (16, "auto", "the original weights"),
         (8, "auto", "as good as the original"),
-        (4, "auto", "25% less sure of the next word"),
+        (4, "auto", "25 % less sure of the next word"),
         (4, "gptq", "The first run quantizes the model on your data"),
         (3, "hqq", "6.9 times less sure"),
         (2, "auto", "2.4 times less sure"),

@@ -83,7 +83,10 @@ class TensorFiles:
     def _files(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            listed = sorted(set(read_json(index).get("weight_map", {}).values()))
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+                raise QuantError(f"{index}: its weight_map does not name a file for every tensor; download it again.")
+            listed = sorted(set(listed.values()))
             for name in listed:
                 if Path(name).name != name or not (self.folder / name).is_file():
                     raise QuantError(f"{index}: it lists the file {name!r}, which is not in {self.folder}; complete the download.")
@@ -113,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or QuantError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise QuantError(f"{path}: it cannot be read as JSON ({error}).") from None
     if not isinstance(value, dict):
         raise QuantError(f"{path}: it holds {type(value).__name__}; a JSON object is accepted.")

@@ -43,17 +43,18 @@ class Partial:
         temporary.replace(self._path(index))
 
     def load(self, index: int) -> tuple[Packed, list[dict[str, Any]]] | None:
-        """A finished layer, or None."""
-        from safetensors import safe_open
+        """A finished layer, or None: also for one that a loss of power left damaged."""
+        from safetensors import SafetensorError, safe_open
 
-        if not self._path(index).is_file():
-            return None
         packed: Packed = {}
-        with safe_open(self._path(index), "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open has no iterator
-                name, _, tensor = key.partition("|")
-                packed.setdefault(name, {})[tensor] = file.get_tensor(key)
-            return packed, json.loads(file.metadata()["entries"])
+        try:
+            with safe_open(self._path(index), "pt") as file:
+                for key in file.keys():  # noqa: SIM118 - safe_open has no iterator
+                    name, _, tensor = key.partition("|")
+                    packed.setdefault(name, {})[tensor] = file.get_tensor(key)
+                return packed, json.loads(file.metadata()["entries"])
+        except (FileNotFoundError, SafetensorError):
+            return None
 
 
 def write_checkpoint(
@@ -82,7 +83,8 @@ def write_checkpoint(
 
 
 def _tensors(partial: Partial, model: nn.Module, weights: Weights, writer: Writer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the checkpoint by name, quantized layers first, then what stays in 16 bit."""
+    """Every tensor of the checkpoint by name, quantized layers first, then what stays in 16 bit. What the files hold beside the
+    model (old checkpoints: rotary tables) stays behind."""
     written = set()
     for index, layer in enumerate(model.model.layers):
         packed, _ = partial.load(index)
@@ -90,8 +92,9 @@ def _tensors(partial: Partial, model: nn.Module, weights: Weights, writer: Write
             module, linear = f"model.layers.{index}.{name}", layer.get_submodule(name)
             yield from writer.tensors(module, QuantizedWeight(writer.spec, linear.out_features, linear.in_features, tensors)).items()
             written.add(f"{module}.weight")
-    for name in sorted(weights.names() - written):
-        tensor = weights.read(name)
+    known = model.state_dict()
+    for name in sorted((weights.names() & known.keys()) - written):
+        tensor = weights.read(name, known[name].shape)
         yield name, tensor.to(_stored_dtype(tensor))
 
 
