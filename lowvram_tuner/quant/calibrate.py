@@ -76,8 +76,8 @@ def quantize_model(
     source = locate(model)
     if not source.gguf and open_checkpoint(source.folder) is not None:
         raise QuantError(f"model={model!r} is quantized already; give the unquantized model.")
-    if output.exists() and any(output.iterdir()):
-        raise QuantError(f"output={str(output)!r} is not empty; give a new folder.")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise QuantError(f"output={str(output)!r} is {'not empty' if output.is_dir() else 'a file'}; give a new folder.")
     target = torch.device(device) if device else pick_device()
     dtype = pick_dtype(target)
     skeleton = build_skeleton(source, dtype)
@@ -89,7 +89,10 @@ def quantize_model(
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
 
-    partial = Partial(output, _fingerprint(source, spec, ids))
+    try:
+        partial = Partial(output, _fingerprint(source, spec, ids))
+    except OSError as error:
+        raise QuantError(f"output={str(output)!r} cannot be written ({error.strerror}); give a folder elsewhere.") from None
     with torch.no_grad():
         if fmt.calibrated:
             report = _calibrated(skeleton, weights, ids, fmt, partial, target, dtype, _eta(progress))

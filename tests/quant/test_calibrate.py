@@ -259,6 +259,10 @@ def test_what_cannot_be_done_is_said(tiny, quantized, tmp_path):
         calibrate.quantize_model(str(quantized[0]), GPTQ3, tiny[1], tmp_path / "a")
     with pytest.raises(QuantError, match="is not empty; give a new folder"):
         quantize(tiny, quantized[0])
+    with pytest.raises(QuantError, match=r"data.jsonl' is a file; give a new folder"):
+        quantize(tiny, tiny[1])
+    with pytest.raises(QuantError, match=r"cannot be written \(Not a directory\); give a folder elsewhere"):
+        quantize(tiny, tiny[1] / "a")
     with pytest.raises(QuantError, match="needs calibration text"):
         calibrate.quantize_model(str(tiny[0]), GPTQ3, None, tmp_path / "a")
     with pytest.raises(QuantError, match=r"tokens; at least 9000 \(one row\) are needed"):
