@@ -20,7 +20,7 @@ from lowvram_tuner.ui import controls
 from lowvram_tuner.ui.data_panel import ENDINGS
 from lowvram_tuner.ui.desk import Desk
 from lowvram_tuner.ui.train_view import gauge_for
-from lowvram_tuner.ui.words import BITS_WORDS, MADE_ONCE, OWN_FILES, quality
+from lowvram_tuner.ui.words import BITS_WORDS, OWN_FILES, made_once, quality
 
 KEPT_BY_PRESETS = ("dataset", "columns", "system_prompt", "train_on", "compare_prompts", "report_to")
 
@@ -159,7 +159,7 @@ def bits_words(bits: Any, method: Any = "auto", model: Any = "") -> str:
     if bits not in BITS_WORDS:
         return ""
     spec = resolve(bits, method if method in methods(bits) else "auto")
-    once = MADE_ONCE if quant_format(spec).calibrated else ""
+    once = made_once(spec.method, bits) if quant_format(spec).calibrated else ""
     costs = (OWN_FILES,) if stored else (quality(spec.method, bits), once)
     text = " ".join(t for t in (BITS_WORDS[bits], *costs) if t)
     return f'<p class="quiet">{escape(text + rest)}</p>'
