@@ -103,7 +103,7 @@ def test_a_quantized_model_brings_its_bits(tmp_path):
         (4, "auto", "25 % less sure of the next word"),
         (4, "gptq", "The first run quantizes the model on your data, about 3 min for an 8B model"),
         (2, "auto", "about 37 min for an 8B model on an H100"),
-        (8, "gptq", "The first run quantizes the model on your data, which takes a while"),  # not timed
+        (4, "quip", "about 84 min"),
         (3, "hqq", "6.9 times less sure"),
         (2, "auto", "2.4 times less sure"),
         (3, "nf4", "The first run"),  # nf4 has 4 bits: what 3 bits take by default is told
