@@ -21,7 +21,7 @@ PERPLEXITY = {
 }  # fmt: skip
 OWN_FILES = "That is how this model's files hold it."
 # What a calibrated quantization takes for an 8B model (64 rows of 512 tokens): its layers are alike, so 32 times one that was timed
-# on an H100: 4.3 s for gptq, 70 s for quip at 2 bits, 157 s at 4. The demo model took 5 and 6 min on two processor cores.
+# on an H100: 4 to 5 s for gptq, 70 s for quip at 2 bits, 157 s at 4. The demo model took 5 and 6 min on two processor cores.
 MINUTES = {("gptq", 2): 3, ("gptq", 3): 3, ("gptq", 4): 3, ("gptq", 8): 3, ("quip", 2): 37, ("quip", 4): 84}
 BUSY = ("preparing", "checking", "training", "saving")
 
